@@ -1,0 +1,1 @@
+"""PLUMBING: reliability, written once. Services commit documents; everything else happens here."""

@@ -1,0 +1,110 @@
+"""What a service is, and what it is given: two frozen dataclasses, and the one way to change a document."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..core.documents import Document, Where
+from ..core.errors import AlreadyApplied, Conflict, NotFound
+from ..core.events import Envelope, Fact, announce
+from ..ports.blobs import BlobStore, CaptureGrants
+from ..ports.images import ImageStore
+from ..ports.store import DocumentStore
+from ..ports.targets import DeploymentTarget
+from .observe import current_traceparent
+
+if TYPE_CHECKING:
+    from .forward import Peers
+    from .web import Route
+
+D = TypeVar("D", bound=Document)
+Change = Callable[[D], tuple[D, Sequence[Fact]] | None]
+"""Given the newest document: the next one and what to announce, or None when there is nothing to change."""
+RETRIES = 50
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a service may touch. ``store`` holds this service's documents only; services never hold the bus."""
+
+    service: str
+    store: DocumentStore
+    blobs: BlobStore
+    images: ImageStore
+    grants: CaptureGrants
+    targets: Mapping[str, DeploymentTarget]
+    peers: Peers
+    data: Path
+    wake: Callable[[str], None] = lambda what: None
+    """``wake("relay")``, ``wake("build")``: somebody has work for that loop, look now."""
+    now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+
+    async def commit(self, doc: D, *facts: Fact, cause: str | None = None) -> D:
+        """One commit: state, events and cause. Raises what ``DocumentStore.commit`` raises."""
+        doc, events = announce(doc, self.service, *facts, traceparent=current_traceparent(), now=self.now())
+        stored = await self.store.commit(doc, events, cause)
+        if events:
+            self.wake("relay")
+        return stored
+
+    async def change(self, type_: type[D], id: str, fn: Change[D], *, workspace: str = "default",
+                     cause: str | None = None) -> D:
+        """Reads, applies ``fn``, commits; on Conflict reads again. ``fn`` must be pure. NotFound when absent.
+
+        AlreadyApplied is not an error here: the document as it stands is returned.
+        """
+        for _ in range(RETRIES):
+            doc = await self.store.get(type_, id, workspace=workspace)
+            if doc is None:
+                raise NotFound(f"there is no {type_.kind} '{id}'", kind=type_.kind, id=id)
+            step = fn(doc)
+            if step is None:
+                return doc
+            try:
+                return await self.commit(step[0], *step[1], cause=cause)
+            except AlreadyApplied:
+                return doc
+            except Conflict:
+                continue
+        raise Conflict(f"{type_.kind} '{id}' changes too often; try again")
+
+
+Handler = Callable[[Context, Envelope], Awaitable[None]]
+"""Records intent in milliseconds, commits with ``cause=event.id``, and may be called again for one event."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Converges documents of one type. Work is what is ``due``; the kernel leases, renews, repeats, backs off.
+
+    ``step`` acts through ports and gives back how to settle: a pure Change, applied by the kernel to the newest
+    document (re-read and re-applied on Conflict). The kernel clears lease and attempts with it and sets ``due``
+    to what the Change left when it moved it, else None. A step that raises is tried again with back-off.
+    """
+
+    name: str
+    of: type[Document]
+    step: Callable[[Context, Any], Awaitable[Change[Any]]]
+    where: Where = field(default_factory=dict)
+    parallel: int = 4
+    lease_s: float = 15.0
+    every_s: float = 0.5
+    max_backoff_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """A room, declared. ``owns`` are the route prefixes that other services forward here."""
+
+    name: str
+    documents: tuple[type[Document], ...]
+    owns: tuple[str, ...]
+    routes: Callable[[Context], Sequence[Route]]
+    handlers: Mapping[str, Handler] = field(default_factory=dict)
+    loops: tuple[Loop, ...] = ()
+
+
