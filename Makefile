@@ -1,0 +1,51 @@
+# Two commands do all the set-up: `make demo` and `make test`. Everything else is for those who work on the house.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+UV     := $(VENV)/bin/uv
+export ORT_DISABLE_TELEMETRY := 1
+
+.PHONY: help demo test test-fast test-faults bench lint proto schemas clean
+
+help:            ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ —/' | sort
+
+$(UV):
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here: install Python 3.11 or newer, or say make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Modelyard needs Python 3.11 or newer; say make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check uv
+
+$(VENV)/.demo: $(UV) pyproject.toml constraints.txt
+	@echo "installing Modelyard and what the demo needs …"
+	@$(UV) pip install --quiet --python $(PY) --constraint constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(UV) pyproject.toml constraints.txt
+	@echo "installing Modelyard and what its tests need …"
+	@$(UV) pip install --quiet --python $(PY) --constraint constraints.txt -e '.[demo,test,lint]'
+	@touch $@
+
+demo: $(VENV)/.demo          ## the whole path on this machine: register, build, deploy, score, capture, watch
+	@$(PY) demo/run.py
+
+test: $(VENV)/.test          ## every test
+	@$(PY) -m pytest
+
+test-fast: $(VENV)/.test     ## the tests that take less than a minute together
+	@$(PY) -m pytest -m "not slow"
+
+bench: $(VENV)/.test         ## the benchmarks; prints figures, judges nothing
+	@for b in tests/benchmarks/*.py; do echo "== $$b"; $(PY) $$b || exit 1; done
+
+lint: $(VENV)/.test          ## ruff, mypy, the floors, generated code is up to date
+	@$(VENV)/bin/ruff check services tests demo
+	@$(VENV)/bin/mypy services/modelyard
+	@$(VENV)/bin/lint-imports --no-cache
+	@sh infra/generated.sh check
+
+proto: $(VENV)/.test         ## make the generated code and the event schemas again
+	@sh infra/generated.sh write
+
+clean:                       ## forget the virtual environment and every cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

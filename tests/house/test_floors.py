@@ -1,0 +1,63 @@
+"""The floors: who may import whom, and who may hold a driver."""
+
+import ast
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from importlinter import cli as import_linter
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "services" / "modelyard"
+SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "wire" not in p.parts)
+
+DRIVERS = {
+    "sqlite3": ["adapters/*"],
+    "aiokafka": ["adapters/*"],
+    "motor": ["adapters/*"],
+    "pymongo": ["adapters/*"],
+    "docker": ["adapters/*"],
+    "kubernetes": ["adapters/*"],
+    "azure": ["adapters/*"],
+    "faust": ["stream.py"],
+    "grpc": ["scoring/*", "client/*", "wire/*"],
+    "grpc_health": ["scoring/*"],
+    "grpc_reflection": ["scoring/*"],
+    "aiohttp": ["kernel/*", "*/api.py", "client/*", "scoring/*", "adapters/*_http.py", "node.py"],
+    "pydantic": ["core/*", "kernel/*", "client/*", "settings.py", "adapters/store_*", "registry/*", "image_builder/*",
+                 "deployer/*", "telemetry/*", "cli/*", "node.py"],
+    "typer": ["cli/*"],
+    "rich": ["cli/*", "client/*"],
+}
+"""Third-party name → the files, below the package, that may import it."""
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of the absolute imports anywhere in a file, lazy ones included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_layers_hold() -> None:
+    assert import_linter.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_driver_stays_in_its_room(driver: str) -> None:
+    strays = [
+        str(path.relative_to(PACKAGE)) for path in SOURCES
+        if driver in imports(path) and not any(fnmatch(str(path.relative_to(PACKAGE)), ok) for ok in DRIVERS[driver])
+    ]
+    assert strays == [], f"{driver} may be imported in {DRIVERS[driver]} only"
+
+
+def test_nothing_imports_itself_by_its_full_name() -> None:
+    """Inside the package imports are relative, so that a floor can be read off the number of dots."""
+    strays = [str(p.relative_to(PACKAGE)) for p in SOURCES
+              if "modelyard" in imports(p) and p.name not in ("launch.py", "__main__.py")]
+    assert strays == []
