@@ -1,0 +1,171 @@
+"""The crash test: 2,000 times the life of an image under 20 SIGKILLs of registry, image builder and recorder.
+
+Each round over 50 names: register a model, post an image without wheels, change the model's tags five times, delete
+the image. A recorder, a program of its own on the kernel's consumer, keeps every event that it is handed. At the end nothing
+is lost, nothing is done twice, and each subject's events are numbered without a gap and in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from modelyard.adapters.store_sqlite import SqliteStore
+from modelyard.image_builder.model import Image
+from modelyard.registry.model import Model
+from tests.e2e.test_journey import upload
+from tests.e2e.yard import Yard, until
+
+pytestmark = pytest.mark.slow
+
+ROUNDS, NAMES, KILLS, SECONDS = 2_000, 50, 20, 120
+SCORE = b"def run(data):\n    return data\n"
+
+
+class Client:
+    """Calls until it gets an answer: lost connections and 5xx are repeated under the same Idempotency-Key."""
+
+    def __init__(self, http: aiohttp.ClientSession, yard: Yard) -> None:
+        self.http, self.yard = http, yard
+
+    async def call(self, service: str, method: str, path: str, body: Any = None, key: str = "") -> tuple[int, Any]:
+        headers = {"idempotency-key": key} if key else {}
+        while True:
+            try:
+                async with self.http.request(method, self.yard.url(service) + path, json=body, headers=headers) as answer:
+                    text = await answer.text()
+                    if answer.status < 500 and answer.status != 409:
+                        return answer.status, json.loads(text) if text else None
+            except (aiohttp.ClientError, OSError, TimeoutError):
+                pass
+            await asyncio.sleep(0.05)  # the service is being restarted; the next try decides
+
+
+async def life(client: Client, n: int, artifact: str, lock: str) -> None:
+    """One round. Deleting is repeated until 204/404 says that it is gone."""
+    name = f"m{n % NAMES}"
+    status, model = await client.call("registry", "POST", "/v1/models", {"name": name, "artifact": artifact}, f"model-{n}")
+    assert status == 201, model
+    spec = {"name": f"img-{n % NAMES}", "models": [model["id"]], "score": artifact, "lock": lock}
+    status, image = await client.call("image-builder", "POST", "/v1/images", spec, f"image-{n}")
+    assert status == 202, image
+    path = f"/v1/images/{image['id']}"
+    while image["phase"] not in ("ready", "failed"):
+        _, image = await client.call("image-builder", "GET", path + "?wait=10")
+    assert image["phase"] == "ready", image
+    for change in range(5):
+        status, model = await client.call("registry", "PATCH", f"/v1/models/{model['id']}", {"tags": {"n": str(change)}})
+        assert status == 200, model
+    while (await client.call("image-builder", "DELETE", path))[0] not in (204, 404):
+        await asyncio.sleep(0.02)  # 202: its holds are being released by the builder's loop
+
+
+async def load(yard: Yard, artifact: str, lock: str, progress: list[int]) -> None:
+    todo = iter(range(ROUNDS))
+
+    async def worker(client: Client) -> None:
+        for n in todo:
+            await life(client, n, artifact, lock)
+            progress[0] += 1
+
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=30)) as http:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(16):
+                group.create_task(worker(Client(http, yard)))
+
+
+def record(yard: Yard, notes: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, str(Path(__file__).with_name("recorder.py")), str(yard.data), str(notes)],
+                            env=yard.env, stdin=subprocess.DEVNULL)
+
+
+async def kill_them(yard: Yard, recorder: list[subprocess.Popen[bytes]], notes: Path, progress: list[int]) -> int:
+    """Kills and starts again, evenly over the work; every victim in turn, in a random order."""
+    victims = ["registry", "image-builder", "recorder"] * 7
+    random.Random(7).shuffle(victims)
+    for count, victim in enumerate(victims[:KILLS], start=1):
+        while progress[0] < count * ROUNDS // (KILLS + 2):
+            await asyncio.sleep(0.02)
+        if victim == "recorder":
+            recorder[0].send_signal(signal.SIGKILL)
+            recorder[0].wait()
+            recorder[0] = record(yard, notes)
+        else:
+            yard.kill(victim)
+            yard.launch(victim)
+    return KILLS
+
+
+def check_story(notes: Path) -> None:
+    """What the recorder saw: every sequence of every subject, once after dropping repeats, in order per topic and key."""
+    sequences: dict[str, dict[int, str]] = defaultdict(dict)
+    newest: dict[tuple[str, str], int] = {}
+    for line in notes.read_text().splitlines():
+        topic, subject, sequence, event = json.loads(line)
+        repeat = sequences[subject].get(sequence) == event
+        assert repeat or sequence not in sequences[subject], f"{subject} {sequence} was given to two events"
+        if not repeat:
+            assert newest.get((topic, subject), 0) < sequence, f"{topic} {subject}: {sequence} came too late"
+            newest[topic, subject] = sequence
+            sequences[subject][sequence] = event
+    images = {s: seen for s, seen in sequences.items() if s.startswith("img-")}
+    assert len(images) == ROUNDS and len(sequences) == 2 * ROUNDS
+    for subject, seen in sequences.items():
+        assert sorted(seen) == list(range(1, len(seen) + 1)), f"{subject}: {sorted(seen)}"
+    assert all(len(seen) == (3 if s in images else 6) for s, seen in sequences.items())
+
+
+async def check_effects(yard: Yard) -> None:
+    """2,000 images built once and gone; 2,000 holds placed once and released once: a model has eight commits,
+    its registration, five tag changes, one hold placed and one released."""
+    registry = await SqliteStore.open(yard.data / "yard.db", "registry")
+    builder = await SqliteStore.open(yard.data / "yard.db", "image-builder")
+    models = await registry.find(Model, workspace=None, limit=10_000)
+    images = await builder.find(Image, workspace=None, limit=10_000, tombstones=True)
+    assert len(models) == ROUNDS and {m.revision for m in models} == {8}
+    assert len({m.id for m in models}) == ROUNDS
+    assert len(images) == ROUNDS and all(i.deleted for i in images)
+    assert await registry.pending(10) == [] == await builder.pending(10)
+    await registry.close()
+    await builder.close()
+
+
+def test_two_thousand_lives_and_twenty_kills(tmp_path: Path) -> None:
+    yard = Yard.start("apart", tmp_path / "data")
+    notes = tmp_path / "recorded.jsonl"
+    recorder = [record(yard, notes)]
+    try:
+        artifact, lock = upload(yard, SCORE), upload(yard, b"")
+        began, progress = time.monotonic(), [0]
+
+        async def run() -> int:
+            work = asyncio.create_task(load(yard, artifact, lock, progress))
+            kills = asyncio.create_task(kill_them(yard, recorder, notes, progress))
+            await work
+            return await kills
+
+        kills = asyncio.run(asyncio.wait_for(run(), SECONDS * 3))
+        worked = time.monotonic() - began
+        expected = ROUNDS * 9
+        until(lambda: len(set(notes.read_text().splitlines())) >= expected, 30, every=0.5, why="all events recorded")
+        print(f"\n{ROUNDS} lives, {kills} kills: {worked:.1f} s; {len(notes.read_text().splitlines())} deliveries "
+              f"of {expected} events")
+        check_story(notes)
+        asyncio.run(check_effects(yard))
+    finally:
+        os.kill(recorder[0].pid, signal.SIGKILL)
+        recorder[0].wait()
+        assert yard.stop() == []
