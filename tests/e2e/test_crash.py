@@ -1,8 +1,8 @@
 """The crash test: 2,000 times the life of an image under 20 SIGKILLs of registry, image builder and recorder.
 
 Each round over 50 names: register a model, post an image without wheels, change the model's tags five times, delete
-the image. A recorder, a program of its own on the kernel's consumer, keeps every event that it is handed. At the end nothing
-is lost, nothing is done twice, and each subject's events are numbered without a gap and in order.
+the image. A recorder, a program of its own on the kernel's consumer, keeps every event that it is handed. At the end
+nothing is lost, nothing is done twice, and each subject's events are numbered without a gap and in order.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Client:
         self.http, self.yard = http, yard
 
     async def call(self, service: str, method: str, path: str, body: Any = None, key: str = "") -> tuple[int, Any]:
-        headers = {"idempotency-key": key} if key else {}
+        headers, url = {"idempotency-key": key} if key else {}, self.yard.url(service) + path
         while True:
             try:
-                async with self.http.request(method, self.yard.url(service) + path, json=body, headers=headers) as answer:
+                async with self.http.request(method, url, json=body, headers=headers) as answer:
                     text = await answer.text()
                     if answer.status < 500 and answer.status != 409:
                         return answer.status, json.loads(text) if text else None
@@ -55,8 +55,8 @@ class Client:
 
 async def life(client: Client, n: int, artifact: str, lock: str) -> None:
     """One round. Deleting is repeated until 204/404 says that it is gone."""
-    name = f"m{n % NAMES}"
-    status, model = await client.call("registry", "POST", "/v1/models", {"name": name, "artifact": artifact}, f"model-{n}")
+    spec: dict[str, Any] = {"name": f"m{n % NAMES}", "artifact": artifact}
+    status, model = await client.call("registry", "POST", "/v1/models", spec, f"model-{n}")
     assert status == 201, model
     spec = {"name": f"img-{n % NAMES}", "models": [model["id"]], "score": artifact, "lock": lock}
     status, image = await client.call("image-builder", "POST", "/v1/images", spec, f"image-{n}")
@@ -66,7 +66,8 @@ async def life(client: Client, n: int, artifact: str, lock: str) -> None:
         _, image = await client.call("image-builder", "GET", path + "?wait=10")
     assert image["phase"] == "ready", image
     for change in range(5):
-        status, model = await client.call("registry", "PATCH", f"/v1/models/{model['id']}", {"tags": {"n": str(change)}})
+        tags = {"tags": {"n": str(change)}}
+        status, model = await client.call("registry", "PATCH", f"/v1/models/{model['id']}", tags)
         assert status == 200, model
     while (await client.call("image-builder", "DELETE", path))[0] not in (204, 404):
         await asyncio.sleep(0.02)  # 202: its holds are being released by the builder's loop
@@ -81,10 +82,10 @@ async def load(yard: Yard, artifact: str, lock: str, progress: list[int]) -> Non
             progress[0] += 1
 
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=30)) as http:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(16):
-                group.create_task(worker(Client(http, yard)))
+    timeout = aiohttp.ClientTimeout(total=30)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http, asyncio.TaskGroup() as group:
+        for _ in range(16):
+            group.create_task(worker(Client(http, yard)))
 
 
 def record(yard: Yard, notes: Path) -> subprocess.Popen[bytes]:
@@ -110,7 +111,7 @@ async def kill_them(yard: Yard, recorder: list[subprocess.Popen[bytes]], notes: 
 
 
 def check_story(notes: Path) -> None:
-    """What the recorder saw: every sequence of every subject, once after dropping repeats, in order per topic and key."""
+    """What the recorder saw: every sequence of every subject once, repeats dropped, in order per topic and key."""
     sequences: dict[str, dict[int, str]] = defaultdict(dict)
     newest: dict[tuple[str, str], int] = {}
     for line in notes.read_text().splitlines():
