@@ -1,0 +1,250 @@
+"""Inference messages: whole Open Inference Protocol v2 requests and responses, as protobuf and as JSON.
+
+Shared by the scoring server, its clients and whoever reads captured bytes back:
+
+>>> import numpy as np
+>>> from modelyard.core.tensors import Tensor
+>>> wire = write_request(Inference("iris", tensors=[Tensor("x", np.array([[5.1, 3.5]], np.float32))]))
+>>> read_request(wire).tensors[0].array.tolist()
+[[5.099999904632568, 3.5]]
+
+Generated code is imported when the first message is read or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from .errors import Invalid
+from .tensors import FIELDS, Tensor, bad, fill_typed, from_json, from_raw, from_typed, to_json, to_raw
+
+if TYPE_CHECKING:
+    from ..wire.inference_pb2 import ModelInferRequest, ModelInferResponse
+
+PROTO = "application/grpc+proto"
+"""Captured gRPC bodies: a ModelInferRequest; the response a ModelInferResponse, or in a stream a
+ModelStreamInferResponse."""
+JSON = "application/json"
+BINARY = "application/octet-stream"
+"""A v2 REST body with the binary tensor extension; captured as ``BINARY; header-length=N``, N bytes of JSON first."""
+
+
+@dataclass(slots=True)
+class Inference:
+    """A request or a response, whatever wire it came by. ``raw``: tensors were or are to be written raw.
+
+    ``outputs`` are the names a request asks for (empty: all).
+    """
+
+    model: str = ""
+    version: str = ""
+    id: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    tensors: list[Tensor] = field(default_factory=list)
+    outputs: tuple[str, ...] = ()
+    raw: bool = True
+
+
+def parse_request(wire: bytes) -> ModelInferRequest:
+    """The protobuf message. Raises Invalid for bytes that are none."""
+    from google.protobuf.message import DecodeError
+
+    from ..wire.inference_pb2 import ModelInferRequest
+
+    try:
+        return ModelInferRequest.FromString(wire)
+    except DecodeError as exc:
+        raise Invalid("the body is not a ModelInferRequest") from exc
+
+
+def from_message(message: ModelInferRequest) -> Inference:
+    """A parsed request → names, parameters and arrays. Raises Invalid, naming the tensor."""
+    return Inference(
+        message.model_name, message.model_version, message.id, parameters(message.parameters),
+        read_tensors(message.inputs, message.raw_input_contents, "raw_input_contents"),
+        tuple(o.name for o in message.outputs), bool(message.raw_input_contents))
+
+
+def read_request(wire: bytes) -> Inference:
+    """``parse_request`` and ``from_message`` in one."""
+    return from_message(parse_request(wire))
+
+
+def read_response(wire: bytes, stream: bool = False) -> Inference:
+    """A ModelInferResponse's bytes, or with ``stream`` a ModelStreamInferResponse's."""
+    from google.protobuf.message import DecodeError
+
+    from ..wire.inference_pb2 import ModelInferResponse, ModelStreamInferResponse
+
+    try:
+        message = ModelStreamInferResponse.FromString(wire).infer_response if stream else \
+            ModelInferResponse.FromString(wire)
+    except DecodeError as exc:
+        raise Invalid("the body is not a ModelInferResponse") from exc
+    tensors = read_tensors(message.outputs, message.raw_output_contents, "raw_output_contents")
+    return Inference(message.model_name, message.model_version, message.id, parameters(message.parameters), tensors,
+                     raw=bool(message.raw_output_contents))
+
+
+def read_tensors(entries: Sequence[Any], raws: Sequence[bytes], where: str) -> list[Tensor]:
+    """Tensor messages and their raw contents → tensors. Raw and typed contents exclude each other."""
+    if raws and len(raws) != len(entries):
+        raise Invalid(f"{where} has {len(raws)} entries for {len(entries)} tensors; it needs one for each")
+    tensors, seen = [], set()
+    for position, entry in enumerate(entries):
+        name = entry.name
+        if name in seen:
+            raise bad(name, "is given twice")
+        seen.add(name)
+        if raws:
+            if entry.HasField("contents"):
+                raise bad(name, f"has both contents and {where}; send one of the two")
+            array = from_raw(name, entry.datatype, entry.shape, raws[position])
+        else:
+            array = from_typed(name, entry.datatype, entry.shape, entry.contents)
+        tensors.append(Tensor(name, array, entry.datatype, parameters(entry.parameters) if entry.parameters else {}))
+    return tensors
+
+
+def parameters(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """InferParameter map → plain values; one without a choice is None."""
+    found = {}
+    for key, entry in entries.items():
+        choice = entry.WhichOneof("parameter_choice")
+        found[key] = getattr(entry, choice) if choice else None
+    return found
+
+
+def _put_parameters(values: Mapping[str, Any], into: Any) -> None:
+    for key, value in values.items():
+        if isinstance(value, bool):
+            into[key].bool_param = value
+        elif isinstance(value, int):
+            into[key].int64_param = value
+        elif isinstance(value, float):
+            into[key].double_param = value
+        else:
+            into[key].string_param = str(value)
+
+
+def _put_tensors(tensors: Sequence[Tensor], raw: bool, entries: Any, raws: Any) -> None:
+    """Raw if asked for, or if one tensor has no typed form (the two exclude each other in one message)."""
+    raw = raw or any(t.datatype not in FIELDS for t in tensors)
+    for tensor in tensors:
+        entry = entries.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.array.shape)
+        if tensor.parameters:
+            _put_parameters(tensor.parameters, entry.parameters)
+        if raw:
+            raws.append(to_raw(tensor))
+        else:
+            fill_typed(tensor, entry.contents)
+
+
+def write_request(call: Inference) -> bytes:
+    """A ModelInferRequest's bytes."""
+    from ..wire.inference_pb2 import ModelInferRequest
+
+    message = ModelInferRequest(model_name=call.model, model_version=call.version, id=call.id)
+    _put_parameters(call.parameters, message.parameters)
+    _put_tensors(call.tensors, call.raw, message.inputs, message.raw_input_contents)
+    for name in call.outputs:
+        message.outputs.add(name=name)
+    return message.SerializeToString()
+
+
+def response_message(answer: Inference) -> ModelInferResponse:
+    """A ModelInferResponse, its tensors raw or typed as ``answer.raw`` says."""
+    from ..wire.inference_pb2 import ModelInferResponse
+
+    message = ModelInferResponse(model_name=answer.model, model_version=answer.version, id=answer.id)
+    if answer.parameters:
+        _put_parameters(answer.parameters, message.parameters)
+    _put_tensors(answer.tensors, answer.raw, message.outputs, message.raw_output_contents)
+    return message
+
+
+# JSON -----------------------------------------------------------------------------------------------------------
+
+def request_from_json(body: Any, binary: bytes | memoryview = b"") -> Inference:
+    """A parsed v2 JSON request (``{"inputs": […]}``) and the binary data behind it → arrays. Raises Invalid."""
+    entries = _entries(body, "inputs")
+    if not entries:
+        raise Invalid("inputs is empty; a request needs one tensor or more")
+    outputs = [_text(o, "name") for o in _entries(body, "outputs")]
+    return Inference(id=_text(body, "id", ""), parameters=_object(body), tensors=_json_tensors(entries, binary),
+                     outputs=tuple(outputs), raw=False)
+
+
+def response_from_json(body: Any, binary: bytes | memoryview = b"") -> Inference:
+    """A parsed v2 JSON response and the binary data behind it."""
+    return Inference(_text(body, "model_name", ""), _text(body, "model_version", ""), _text(body, "id", ""),
+                     _object(body), _json_tensors(_entries(body, "outputs"), binary), raw=False)
+
+
+def _json_tensors(entries: list[Any], binary: bytes | memoryview) -> list[Tensor]:
+    tensors: dict[str, Tensor] = {}
+    at = 0
+    for entry in entries:
+        name, datatype, shape = _text(entry, "name"), _text(entry, "datatype"), entry.get("shape")
+        if name in tensors:
+            raise bad(name, "is given twice")
+        if not isinstance(shape, list):
+            raise bad(name, "shape must be a list of whole numbers")
+        given = dict(_object(entry))
+        size = given.pop("binary_data_size", None)
+        if size is None:
+            array = from_json(name, datatype, shape, entry.get("data"))
+        else:
+            if isinstance(size, bool) or not isinstance(size, int) or size < 0 or at + size > len(binary):
+                raise bad(name, f"binary_data_size {size} does not fit the {len(binary) - at} bytes left in the body")
+            array = from_raw(name, datatype, shape, binary[at:at + size])
+            at += size
+        tensors[name] = Tensor(name, array, datatype, given)
+    if at != len(binary):
+        raise Invalid(f"{len(binary) - at} bytes of binary data belong to no tensor")
+    return list(tensors.values())
+
+
+def to_json_parts(answer: Inference, binary: Sequence[str] | bool = False) -> tuple[dict[str, Any], list[bytes]]:
+    """A response as a JSON object and the raw data of the tensors named in ``binary`` (True: all), in order."""
+    outputs, parts = [], []
+    for tensor in answer.tensors:
+        entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.array.shape)}
+        given = dict(tensor.parameters)
+        if binary is True or (binary is not False and tensor.name in binary):
+            parts.append(to_raw(tensor))
+            given["binary_data_size"] = len(parts[-1])
+        else:
+            entry["data"] = to_json(tensor)
+        if given:
+            entry["parameters"] = given
+        outputs.append(entry)
+    body: dict[str, Any] = {"model_name": answer.model, "model_version": answer.version}
+    if answer.id:
+        body["id"] = answer.id
+    if answer.parameters:
+        body["parameters"] = dict(answer.parameters)
+    return {**body, "outputs": outputs}, parts
+
+
+def _entries(body: Any, key: str) -> list[Any]:
+    found = body.get(key, []) if isinstance(body, dict) else None
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise Invalid(f"the body must be a JSON object with '{key}': a list of objects")
+    return found
+
+
+def _text(body: Mapping[str, Any], key: str, default: str | None = None) -> str:
+    found = body.get(key, default)
+    if not isinstance(found, str):
+        raise Invalid(f"'{key}' must be text")
+    return found
+
+
+def _object(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = body.get("parameters", {})
+    if not isinstance(found, dict):
+        raise Invalid("'parameters' must be an object")
+    return cast(Mapping[str, Any], found)
