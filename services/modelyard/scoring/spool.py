@@ -1,0 +1,122 @@
+"""The spool: a folder of segments between a scoring process and the shipper beside it. Standard library only.
+
+``<replica>-<n>.live`` is being written; its writer holds an exclusive flock, which the kernel drops when the
+process dies, however it dies. ``<replica>-<n>.seg`` is closed and wants to be shipped. ``….new`` is a file in the
+moment of its making: it has no record yet. ``grant`` holds the newest grant URL where a supervisor renews it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.layout import segment_name
+from ..core.segments import START, new_mark, pack_json
+
+GRANT = "grant"
+PIECES = 1000
+"""Below the kernel's IOV_MAX of 1024: more pieces than this are joined before they are written."""
+
+
+class LiveSegment:
+    """One segment file that this process writes. Not safe for two threads at once."""
+
+    def __init__(self, spool: Path, replica: str, number: int, about: dict[str, Any], started_ns: int) -> None:
+        """Raises OSError; then nothing is left behind but perhaps a ``.new`` file."""
+        self.mark = new_mark(secrets.token_bytes(4))
+        self.number = number
+        self.size = 0
+        self.holds = 0
+        self._closed_as = spool / segment_name(replica, number)
+        self._path = self._closed_as.with_suffix(".live")
+        making = self._closed_as.with_suffix(".new")
+        self._fd = os.open(making, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.write([pack_json(self.mark, START, about, started_ns=started_ns)], 0)
+            os.rename(making, self._path)
+        except OSError:
+            os.close(self._fd)
+            with contextlib.suppress(OSError):
+                os.unlink(making)
+            raise
+
+    def write(self, pieces: Sequence[bytes], holds: int = 1) -> None:
+        """All of it with one writev, or an OSError and nothing of it in the file. ``holds`` tells how many
+        frames worth shipping it carries."""
+        if len(pieces) > PIECES:
+            pieces = [b"".join(pieces)]
+        wanted = sum(map(len, pieces))
+        try:
+            written = os.writev(self._fd, pieces)
+            if written != wanted:
+                raise OSError(errno.ENOSPC, f"only {written} of {wanted} bytes could be written")
+        except OSError:
+            os.ftruncate(self._fd, self.size)
+            raise
+        self.size += wanted
+        self.holds += holds
+
+    def close(self) -> None:
+        """Gives it to the shipper. The lock goes last: nobody can take it for a dead writer's."""
+        try:
+            os.rename(self._path, self._closed_as)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Closes the file and leaves it to the shipper as a dead writer's."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+def used_bytes(spool: Path) -> int:
+    """What the folder holds, in bytes; files that vanish meanwhile count nothing."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(spool) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                total += entry.stat(follow_symlinks=False).st_size
+    return total
+
+
+def closed_segments(spool: Path) -> list[Path]:
+    """Segments to ship, the oldest number of each replica first."""
+    with contextlib.suppress(OSError):
+        return sorted(Path(e.path) for e in os.scandir(spool) if e.name.endswith(".seg"))
+    return []
+
+
+def adopt_dead(spool: Path, older_than: float) -> int:
+    """Closes the segments whose writer is dead, and removes ``.new`` leftovers last touched before
+    ``older_than`` (epoch seconds). Returns how many segments were closed."""
+    adopted = 0
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(spool)):
+            with contextlib.suppress(OSError):
+                if entry.name.endswith(".live"):
+                    adopted += _adopt(Path(entry.path))
+                elif entry.name.endswith(".new") and entry.stat().st_mtime < older_than:
+                    os.unlink(entry.path)
+    return adopted
+
+
+def _adopt(path: Path) -> bool:
+    """Renames one live file when its lock is free. A writer that closes it at this moment renames it first:
+    then the path is gone and there is nothing to do."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(path, path.with_suffix(".seg"))
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
