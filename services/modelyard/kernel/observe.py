@@ -94,7 +94,8 @@ class HumanLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         more = "".join(f"  {k}={v}" for k, v in getattr(record, "fields", {}).items())
-        text = f"{self.formatTime(record, '%H:%M:%S')} {_service.get() or 'modelyard'}  {level}{record.getMessage()}{more}"
+        start = f"{self.formatTime(record, '%H:%M:%S')} {_service.get() or 'modelyard'}"
+        text = f"{start}  {level}{record.getMessage()}{more}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
@@ -149,8 +150,9 @@ DEAD_LETTERS = Counter("modelyard_dead_letters_total", "Events put aside as dead
                        registry=REGISTRY)
 PARKED_KEYS = Gauge("modelyard_parked_keys", "Keys whose events wait for a failure to pass", ["service"],
                     registry=REGISTRY)
-LOOP_SECONDS = Histogram("modelyard_loop_seconds", "Time a loop's step took, by outcome", ["service", "loop", "outcome"],
-                         buckets=(.01, .05, .1, .5, 1, 5, 15, 60, 300), registry=REGISTRY)
+LOOP_SECONDS = Histogram("modelyard_loop_seconds", "Time a loop's step took, by outcome",
+                         ["service", "loop", "outcome"], registry=REGISTRY,
+                         buckets=(.01, .05, .1, .5, 1, 5, 15, 60, 300))
 LOOP_RUNNING = Gauge("modelyard_loop_running", "Steps that a loop runs now", ["service", "loop"], registry=REGISTRY)
 LOOP_LOST = Counter("modelyard_loop_leases_lost_total", "Steps given up because somebody else holds the lease",
                     ["service", "loop"], registry=REGISTRY)

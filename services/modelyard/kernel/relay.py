@@ -56,7 +56,7 @@ async def _round(ctx: Context, bus: EventBus, said: Once) -> tuple[bool, bool]:
             if said.new((pending.kind, pending.workspace, pending.id), result):
                 log.error("the bus refuses an event: %s", result, extra=fields(kind=pending.kind, id=pending.id))
     for result in results:
-        if isinstance(result, BaseException) and (isinstance(result, Unavailable) or not isinstance(result, ModelyardError)):
+        if isinstance(result, Unavailable) or (result is not None and not isinstance(result, ModelyardError)):
             raise result
     return bool(batch), refused
 
