@@ -1,0 +1,133 @@
+"""The blocking side of async objects: one event loop on one thread, and no method written twice."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+R = TypeVar("R")
+P = ParamSpec("P")
+F = TypeVar("F", bound="Face[Any]")
+
+
+class Portal:
+    """A thread with an event loop that others hand coroutines to. The thread is a daemon: it ends with the
+    program; ``close`` ends it sooner."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="modelyard-client", daemon=True)
+        self._thread.start()
+
+    @property
+    def open(self) -> bool:
+        """Whether ``close`` was not called yet."""
+        return not self._loop.is_closed()
+
+    def run(self, work: Coroutine[Any, Any, R]) -> R:
+        """Runs ``work`` over there and waits for it here. An interrupt here cancels it there."""
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError("this client was closed")
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("the blocking client cannot be called from its own callbacks; use AsyncClient")
+        future: Future[R] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def iterate(self, source: AsyncIterator[R]) -> Iterator[R]:
+        """The items of an async iterator, one at a time; leaving early closes it."""
+        end = object()
+
+        async def step() -> Any:
+            return await anext(source, end)
+
+        async def close() -> None:
+            if (aclose := getattr(source, "aclose", None)) is not None:
+                await aclose()
+
+        try:
+            while (item := self.run(step())) is not end:
+                yield item
+        finally:
+            if not self._loop.is_closed():
+                self.run(close())
+
+    def close(self) -> None:
+        """Stops the loop and joins the thread. Closing twice is fine."""
+        if self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class Face(Generic[A]):
+    """Something blocking in front of the async object ``inner``."""
+
+    def __init__(self, inner: A, portal: Portal) -> None:
+        self._inner = inner
+        self._portal = portal
+
+
+def blocks(method: Callable[Concatenate[A, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Face[A], P], R]:
+    """The method, waited for."""
+
+    @functools.wraps(method)
+    def call(self: Face[A], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._portal.run(method(self._inner, *args, **kwargs))
+
+    return call
+
+
+def gives(face: type[F], method: Callable[Concatenate[A, P], Coroutine[Any, Any, Any]]) -> Callable[
+        Concatenate[Face[A], P], F]:
+    """The method, waited for; what it gives back shown by its blocking side ``face``."""
+
+    @functools.wraps(method)
+    def call(self: Face[A], /, *args: P.args, **kwargs: P.kwargs) -> F:
+        return face(self._portal.run(method(self._inner, *args, **kwargs)), self._portal)
+
+    return call
+
+
+def again(method: Callable[Concatenate[A, P], Coroutine[Any, Any, A]]) -> Callable[Concatenate[F, P], F]:
+    """The method, waited for, of an object that shows its new state itself: gives back the same face."""
+
+    @functools.wraps(method)
+    def call(self: F, /, *args: P.args, **kwargs: P.kwargs) -> F:
+        self._portal.run(method(self._inner, *args, **kwargs))
+        return self
+
+    return call
+
+
+def lists(face: type[F], method: Callable[Concatenate[A, P], Coroutine[Any, Any, list[Any]]]) -> Callable[
+        Concatenate[Face[A], P], list[F]]:
+    """The method, waited for; each item shown by its blocking side ``face``."""
+
+    @functools.wraps(method)
+    def call(self: Face[A], /, *args: P.args, **kwargs: P.kwargs) -> list[F]:
+        return [face(item, self._portal) for item in self._portal.run(method(self._inner, *args, **kwargs))]
+
+    return call
+
+
+def yields(method: Callable[Concatenate[A, P], AsyncIterator[R]]) -> Callable[Concatenate[Face[A], P], Iterator[R]]:
+    """The async iterator, as a plain one."""
+
+    @functools.wraps(method)
+    def call(self: Face[A], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
+        return self._portal.iterate(method(self._inner, *args, **kwargs))
+
+    return call

@@ -1,0 +1,190 @@
+"""Images: build, wait, read the log, take the build context home, delete."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.documents import DIGEST
+from ..core.errors import BuildFailed, Invalid
+from .fields import ImageFields, Reference, reference
+from .http import Http, Params, path
+from .models import absent_dropped, pages, pairs
+from .uploads import OnProgress, Progress, upload
+from .waiting import reason_of, settle
+
+OVER = frozenset({"ready", "failed", "cancelled"})
+
+
+class AsyncImage(ImageFields):
+    """An image: what the server answered last, and what can be done with it."""
+
+    def __init__(self, images: AsyncImages, document: dict[str, Any]) -> None:
+        self._images = images
+        self._document = document
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The whole document, as GET answers it."""
+        return self._document
+
+    async def reload(self) -> AsyncImage:
+        """Asks the server again."""
+        self._document = (await self._images.get(self.id)).document
+        return self
+
+    async def wait(self, timeout_s: float = 900.0, *, on_progress: OnProgress | None = None) -> AsyncImage:
+        """Returns when the build is over. Raises BuildFailed with the reason (file and line where known; the rest
+        is in ``log``) and Unavailable with ``code="timeout"``."""
+        self._document = await self._images.settled(self.id, timeout_s, on_progress)
+        return self
+
+    async def log(self) -> str:
+        """The build log so far."""
+        return "\n".join([line async for line in self._images.log(self.id)])
+
+    async def update(
+        self, *, tags: Mapping[str, str | None] | None = None, properties: Mapping[str, str] | None = None,
+        description: str | None = None,
+    ) -> AsyncImage:
+        """As ``images.update``; the object shows the new state."""
+        changed = await self._images.update(self, tags=tags, properties=properties, description=description)
+        self._document = changed.document
+        return self
+
+    async def delete(self) -> None:
+        """As ``images.delete``."""
+        await self._images.delete(self)
+
+
+class AsyncImages:
+    """The image builder."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+
+    async def build(
+        self, name: str, *, models: Sequence[Reference] = (), score: str | Path | None = None,
+        requirements: Sequence[str] | str | Path | None = None, lock: str | Path | None = None,
+        python: str | None = None, platform: str | None = None, base: str | None = None,
+        env: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None,
+        properties: Mapping[str, str] | None = None, description: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> AsyncImage:
+        """Asks for the next version of ``name`` and returns at once; ``wait`` on the answer.
+
+        ``score`` is a ``score.py`` or a folder with one (absent: the models' own flavour answers).
+        ``requirements`` is a list, or the path of a requirements file; ``lock`` a lock to use as it is.
+        Raises Invalid with every problem that can be seen before building.
+
+        >>> image = yard.images.build("iris-scorer", models=[model]).wait()
+        >>> image.id, image.phase
+        ('iris-scorer:1', 'ready')
+        """
+        body = absent_dropped(
+            name=name, models=[reference(m) for m in models], score=await self._stored(score, on_progress),
+            requirements=read_requirements(requirements), lock=await self._stored(lock, on_progress), python=python,
+            platform=platform, base=base, env=env, tags=tags, properties=properties, description=description,
+        )
+        return await self.create(body)
+
+    async def _stored(self, source: str | Path | None, on_progress: OnProgress | None) -> str | None:
+        if source is None or (isinstance(source, str) and DIGEST.match(source)):
+            return source if source is None else str(source)
+        return (await upload(self._http, Path(source), on_progress)).digest
+
+    async def create(self, document: Mapping[str, Any]) -> AsyncImage:
+        """Asks for an image by the body of ``POST /v1/images``: files are digests already."""
+        return AsyncImage(self, await self._http.json("POST", path("images"), json=dict(document)))
+
+    async def get(self, image: Reference) -> AsyncImage:
+        """``iris-scorer:7``, or ``iris-scorer`` (the highest ready version). Raises NotFound."""
+        return AsyncImage(self, await self._http.json("GET", path("images", reference(image))))
+
+    async def list(
+        self, *, name: str | None = None, model: Reference | None = None,
+        tags: Mapping[str, str] | Sequence[str] | None = None, order: str | None = None, limit: int | None = None,
+    ) -> list[AsyncImage]:
+        """Images that match every term, the newest first.
+
+        >>> [i.id for i in yard.images.list(model="iris:1")]
+        ['iris-scorer:1']
+        """
+        params: Params = {
+            "name": name, "model": None if model is None else reference(model), "tag": pairs(tags), "order": order}
+        return [AsyncImage(self, d) async for d in pages(self._http, path("images"), params, limit)]
+
+    async def update(
+        self, image: Reference, *, tags: Mapping[str, str | None] | None = None,
+        properties: Mapping[str, str] | None = None, description: str | None = None,
+    ) -> AsyncImage:
+        """Sets tags (None takes one away), adds properties, sets the description."""
+        patch = absent_dropped(tags=tags, properties=properties, description=description)
+        return AsyncImage(self, await self._http.json("PATCH", path("images", reference(image)), json=patch))
+
+    async def delete(self, image: Reference) -> None:
+        """Deletes one version. Raises InUse with ``blockers`` while a deployment needs it; one that is not there
+        is fine."""
+        await self._http.send("DELETE", path("images", reference(image)))
+
+    async def log(self, image: Reference, *, follow: bool = False) -> AsyncIterator[str]:
+        """The build log, line by line; ``follow`` goes on until the build is over."""
+        where = path("images", reference(image), "log")
+        async with self._http.lines(where, params={"follow": follow or None}, endless=follow) as lines:
+            async for line in lines:
+                yield line.decode(errors="replace")
+
+    async def export(self, image: Reference, to: str | Path) -> Path:
+        """Writes the build context (everything the image was made from) as a tar to the file ``to``."""
+        target = Path(to)
+        part = target.with_name(target.name + ".part")
+        try:
+            async with self._http.stream(path("images", reference(image), "context")) as body:
+                with part.open("wb") as f:
+                    async for block in body.iter_chunked(1 << 20):
+                        await asyncio.to_thread(f.write, block)
+            part.replace(target)
+        except OSError as exc:
+            raise Invalid(f"cannot write '{target}': {exc.strerror or exc}") from exc
+        finally:
+            part.unlink(missing_ok=True)
+        return target
+
+    async def settled(self, image: Reference, timeout_s: float, on_progress: OnProgress | None) -> dict[str, Any]:
+        """The document of an image whose build is over and went well. Raises BuildFailed."""
+
+        def seen(document: dict[str, Any]) -> None:
+            if on_progress:
+                on_progress(Progress("build", message=str(document.get("phase"))))
+
+        ref = reference(image)
+        document = await settle(
+            self._http, path("images", ref), lambda d: d.get("phase") in OVER, timeout_s, f"image '{ref}'", seen)
+        if document["phase"] != "ready":
+            raise BuildFailed(
+                f"image '{ref}' {document['phase']}: {reason_of(document)}", image=ref,
+                help=f"modelyard images log {ref}")
+        return document
+
+
+def read_requirements(given: Sequence[str] | str | Path | None) -> list[str] | None:
+    """A list as it is; a file's lines without comments. Raises Invalid for options (``-r``, ``--index-url``):
+    the builder's own index is used."""
+    if given is None or not isinstance(given, (str, Path)):
+        return None if given is None else list(given)
+    try:
+        lines = Path(given).read_text(encoding="utf-8").splitlines()
+    except OSError as exc:
+        raise Invalid(f"cannot read '{given}': {exc.strerror or exc}", field="requirements") from exc
+    except UnicodeDecodeError as exc:
+        raise Invalid(f"'{given}' is not UTF-8 text", field="requirements") from exc
+    kept = [line.partition(" #")[0].strip() for line in lines]
+    kept = [line for line in kept if line and not line.startswith("#")]
+    options = [line for line in kept if line.startswith("-")]
+    if options:
+        raise Invalid(
+            f"'{given}' holds options ({', '.join(options[:3])}); only requirements can stand there",
+            field="requirements")
+    return kept
