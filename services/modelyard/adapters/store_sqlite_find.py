@@ -1,0 +1,201 @@
+"""Searches of the SQLite store as SQL: every one of them walks an index, and none reads a document it leaves out.
+
+Index entries lie in ``entries(shelf, field, value, id, doc)``, ordered so. A shelf is the live or the deleted half of
+one (service, kind, workspace). A text map has an entry for each key under ``tags`` and for each pair under ``tags=``.
+"""
+
+from __future__ import annotations
+
+import enum
+import sqlite3
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from ..core.documents import INDEXED_ALWAYS, Document, Range, Where, rfc3339
+from ..core.errors import Invalid
+
+CAP = 2000
+"""A term that matches fewer documents than this leads the search; otherwise the walk in the wanted order does."""
+Scalar = str | int | float
+
+
+@dataclass(frozen=True)
+class Query:
+    """A checked search: ``equal`` are exact entries, ``ranged`` is (field, from, to) with None for an open end."""
+
+    equal: tuple[tuple[str, Scalar], ...]
+    ranged: tuple[str, Scalar | None, Scalar | None] | None
+    order: str
+    descending: bool
+    after: tuple[Scalar, str] | None
+    limit: int
+    deleted: bool | None
+
+
+@lru_cache(maxsize=1024)
+def shape(type_: type[Document], field: str) -> str:
+    """``scalar``, ``list`` or ``map``, by the field's declared type."""
+    about = type_.model_fields.get(field)
+    if about is None:
+        raise Invalid(f"{type_.kind} has no field '{field}' to search by", field=field)
+    options: list[Any] = [about.annotation]
+    if typing.get_origin(about.annotation) in (typing.Union, types.UnionType):
+        options = list(typing.get_args(about.annotation))
+    origins = {typing.get_origin(o) or o for o in options}
+    if origins & {dict, Mapping}:
+        return "map"
+    return "list" if origins & {list, tuple, set, frozenset} else "scalar"
+
+
+def pair(key: str, value: str) -> str:
+    """The entry of a map's pair; the length in front keeps ``a=b: c`` and ``a: b=c`` apart."""
+    return f"{len(key)}:{key}{value}"
+
+
+def entries(keys: Mapping[str, Any]) -> set[tuple[str, Scalar]]:
+    """The index entries of a document whose indexed fields are ``keys`` (JSON values)."""
+    found: set[tuple[str, Scalar]] = set()
+    for field, value in keys.items():
+        if isinstance(value, Mapping):
+            found.update((field, k) for k in value)
+            found.update((f"{field}=", pair(k, v)) for k, v in value.items() if isinstance(v, str))
+        elif isinstance(value, list):
+            found.update((field, v) for v in value if isinstance(v, (str, int, float)))
+        elif value is not None:
+            found.add((field, value))
+    return found
+
+
+def plan(type_: type[Document], where: Where | None, order: str, after: tuple[Scalar, str] | None, limit: int,
+         tombstones: bool) -> Query:
+    """Checks a search. Raises Invalid for a field that is not indexed, or a term that no index answers."""
+    equal: list[tuple[str, Scalar]] = []
+    ranged: tuple[str, Scalar | None, Scalar | None] | None = None
+    deleted: bool | None = None if tombstones else False
+    for field, value in (where or {}).items():
+        _indexed(type_, field)
+        if field == "deleted":
+            deleted = bool(value)
+        elif isinstance(value, Range):
+            if ranged is not None or shape(type_, field) != "scalar":
+                raise Invalid(f"at most one range in a search, and on a single value; not on '{field}'", field=field)
+            ends = [None if end is None else scalar(field, end) for end in (value.gte, value.lt)]
+            ranged = (field, ends[0], ends[1])
+        elif shape(type_, field) == "map" and isinstance(value, Mapping):
+            equal += [(f"{field}=", pair(str(scalar(field, k)), str(scalar(field, v)))) for k, v in value.items()]
+        else:
+            equal.append((field, scalar(field, value)))
+    name = order.removeprefix("-")
+    _indexed(type_, name)
+    if name == "deleted" or shape(type_, name) != "scalar":
+        raise Invalid(f"'{name}' has no order", field=name)
+    if limit < 1:
+        raise Invalid("limit must be at least 1", field="limit")
+    behind = None if after is None else (scalar(name, after[0]), str(after[1]))
+    return Query(tuple(equal), ranged, name, order.startswith("-"), behind, limit, deleted)
+
+
+def _indexed(type_: type[Document], field: str) -> None:
+    if field not in type_.indexed and field not in INDEXED_ALWAYS:
+        known = ", ".join(sorted(type_.indexed | INDEXED_ALWAYS))
+        raise Invalid(f"{type_.kind} cannot be searched or ordered by '{field}'; one can by {known}", field=field)
+
+
+def scalar(field: str, value: Any) -> Scalar:
+    """A value as it lies in the index: times as RFC 3339 text, enums as their value."""
+    if isinstance(value, datetime):
+        return rfc3339(value)
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if isinstance(value, (str, int, float)):
+        return value
+    raise Invalid(f"cannot search '{field}' for a {type(value).__name__}; text, a number or a time is needed",
+                  field=field)
+
+
+def run(db: sqlite3.Connection, shelf: int, query: Query) -> list[tuple[Scalar, str, bytes]]:
+    """(order value, id, body) of up to ``limit`` documents of one shelf, in order."""
+    lead = choose(db, shelf, query)
+    if lead is None:
+        return []
+    sql, args = compose(shelf, query, lead)
+    return db.execute(sql, args).fetchall()
+
+
+def choose(db: sqlite3.Connection, shelf: int, query: Query) -> str | int | None:
+    """What leads the search: ``order``, ``range``, or the number of an equality term. None: nothing can match."""
+    in_order = query.order == "id"
+    if not query.equal and (query.ranged is None or query.ranged[0] == query.order):
+        return "order"
+    if len(query.equal) == 1 and query.ranged is None and in_order:
+        return 0
+    counts: dict[str | int, int] = {}
+    for number, (field, value) in enumerate(query.equal):
+        counts[number] = _count(db, "value=?", (shelf, field, value))
+    if query.ranged is not None:
+        condition, ends = _between("value", query.ranged)
+        counts["range"] = _count(db, condition or "1", (shelf, query.ranged[0], *ends))
+    lead, count = min(counts.items(), key=lambda item: item[1])
+    if count == 0:
+        return None
+    if count < CAP:
+        return "order" if lead == "range" and query.ranged and query.ranged[0] == query.order else lead
+    return 0 if in_order and query.equal else "order"
+
+
+def _count(db: sqlite3.Connection, condition: str, args: tuple[Any, ...]) -> int:
+    found: int = db.execute(f"SELECT count(*) FROM (SELECT 1 FROM entries WHERE shelf=? AND field=? AND {condition} "
+                            f"LIMIT {CAP})", args).fetchone()[0]
+    return found
+
+
+def _between(column: str, ranged: tuple[str, Scalar | None, Scalar | None]) -> tuple[str, tuple[Scalar, ...]]:
+    ends = [(f"{column}>=?", ranged[1]), (f"{column}<?", ranged[2])]
+    return " AND ".join(c for c, v in ends if v is not None), tuple(v for _, v in ends if v is not None)
+
+
+def compose(shelf: int, query: Query, lead: str | int) -> tuple[str, list[Any]]:
+    """The SQL of one shelf. The leading entries are walked; the other terms are looked up by (field, value, id)."""
+    conditions, args = ["e.shelf=?", "e.field=?"], [shelf, query.order]
+    value, ranged = "e.value", query.ranged
+    if isinstance(lead, int):
+        args[1:] = query.equal[lead]
+        conditions.append("e.value=?")
+    elif lead == "range" and ranged is not None:
+        args[1] = ranged[0]
+    if lead != "order":
+        value = "e.id" if query.order == "id" else f"k.keys->>'$.{query.order}'"
+        conditions.append(f"{value} IS NOT NULL")
+    if ranged is not None:
+        walked = lead == "range" or (lead == "order" and ranged[0] == query.order)
+        column = "e.value" if walked else "e.id" if ranged[0] == "id" else f"k.keys->>'$.{ranged[0]}'"
+        condition, ends = _between(column, ranged)
+        conditions.append(condition or f"{column} IS NOT NULL")
+        args += ends
+    for number, (field, wanted) in enumerate(query.equal):
+        if number != lead:
+            conditions.append("EXISTS (SELECT 1 FROM entries p "
+                              "WHERE p.shelf=? AND p.field=? AND p.value=? AND p.id=e.id)")
+            args += [shelf, field, wanted]
+    way, sign = ("DESC", "<") if query.descending else ("ASC", ">")
+    ids_only = isinstance(lead, int) and query.order == "id"
+    if query.after is not None:
+        conditions.append(f"e.id{sign}?" if ids_only else f"({value}, e.id){sign}(?, ?)")
+        args += query.after[1:] if ids_only else query.after
+    ordered = f"e.id {way}" if ids_only else f"{value} {way}, e.id {way}"
+    keys = "CROSS JOIN documents k ON k.doc=e.doc" if "k.keys" in " ".join([value, *conditions]) else ""
+    inner = (f"SELECT e.doc AS doc, {value} AS value, e.id AS id FROM entries e {keys} "
+             f"WHERE {' AND '.join(conditions)} ORDER BY {ordered} LIMIT ?")
+    return (f"SELECT x.value, x.id, d.body FROM ({inner}) x CROSS JOIN documents d ON d.doc=x.doc",
+            [*args, query.limit])
+
+
+def merged(rows: list[tuple[Scalar, str, bytes]], query: Query) -> list[bytes]:
+    """The bodies of several shelves in one order, cut to the limit. Numbers come before text, as in the index."""
+    rows.sort(key=lambda row: (isinstance(row[0], str), row[0], row[1]), reverse=query.descending)
+    return [body for _, _, body in rows[: query.limit]]
