@@ -95,9 +95,8 @@ class Peers:
                 raw = await response.read()
         except DOWN as exc:
             raise self.down(service, exc) from exc
-        if response.status == 404:
-            return None
-        return _answer(response.status, raw, service)
+        answer = _answer(response.status, raw, service, may_miss=True)
+        return None if response.status == 404 else answer
 
     async def stream(self, service: str, path: str, workspace: str = "default") -> AsyncIterator[bytes]:
         """The bytes of a GET as they come. Raises NotFound and the rest of the tree before the first chunk."""
@@ -159,12 +158,14 @@ def _exact(url: str) -> Any:
     return URL(url, encoded=True)
 
 
-def _answer(status: int, raw: bytes, service: str) -> dict[str, Any]:
+def _answer(status: int, raw: bytes, service: str, may_miss: bool = False) -> dict[str, Any]:
     try:
         body = jsonlib.loads(raw) if raw else {}
     except ValueError:
         body = {}
-    if status >= 300:
+    if status == 404 and isinstance(body, dict) and body.get("code") == "no-such-route":
+        raise Unavailable(f"the server at the URL of '{service}' does not run it", code="misrouted", service=service)
+    if status >= 300 and (status != 404 or not may_miss):
         raise error_from(status, body, f"the service '{service}'")
     return body if isinstance(body, dict) else {"items": body}
 

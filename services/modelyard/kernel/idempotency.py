@@ -12,9 +12,11 @@ import asyncio
 import base64
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import ClassVar
 
 from aiohttp import web
@@ -40,13 +42,14 @@ _KEY = re.compile(r"^[\x21-\x7e]{1,255}$")
 
 class Request(Document):
     """One POST under a key. ``token`` is what handlers put into ``made_by``; ``status`` 0: not answered yet,
-    in flight until ``until``. ``body`` is the answer in base64."""
+    in flight until ``until`` at ``holder``. ``body`` is the answer in base64."""
 
     kind: ClassVar[str] = "request"
 
     token: str
     fingerprint: str
     until: Time
+    holder: str
     status: int = 0
     headers: dict[str, str] = {}
     body: str = ""
@@ -79,7 +82,7 @@ async def _reserve(ctx: Context, call: Call, key: str, fingerprint: str) -> Requ
     id_, now = hashlib.sha256(key.encode()).hexdigest(), ctx.now()
     old = await ctx.store.get(Request, id_, workspace=call.workspace, tombstone=True)
     fresh = Request(id=id_, workspace=call.workspace, token=event_id(), fingerprint=fingerprint, created=now,
-                    updated=now, until=now + LEASE, due=now + KEPT)
+                    updated=now, until=now + LEASE, due=now + KEPT, holder=ME)
     if old is None:
         wanted = fresh
     elif old.deleted or old.created + KEPT <= now:
@@ -89,14 +92,42 @@ async def _reserve(ctx: Context, call: Call, key: str, fingerprint: str) -> Requ
                       field=HEADER)
     elif old.status:
         return old
-    elif old.until > now:
+    elif old.until > now and not await _dead(old.holder):
         raise _in_flight(old.until - now)
     else:
-        wanted = old.evolve(until=now + LEASE)
+        wanted = old.evolve(until=now + LEASE, holder=ME)
     try:
         return await ctx.store.commit(wanted)
     except Conflict as exc:
         raise _in_flight(LEASE) from exc
+
+
+def _place() -> str:
+    """This machine's boot and this process's view of pids: within it, a pid and its start time name one process."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + "/" + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(pid: str) -> str:
+    """When a process started, in the kernel's ticks; "" when there is none (or a dead one not yet collected)."""
+    try:
+        fields_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields_[0] in "ZX" else fields_[19]
+
+
+PLACE = _place()
+ME = f"{PLACE} {os.getpid()} {_started(str(os.getpid()))}"
+
+
+async def _dead(holder: str) -> bool:
+    """True only when the holder was a process of this machine and is certainly gone: its lease need not lapse."""
+    place, _, process = holder.partition(" ")
+    pid, _, started = process.partition(" ")
+    return bool(PLACE) and place == PLACE and await asyncio.to_thread(_started, pid) != started
 
 
 def _in_flight(left: timedelta) -> Conflict:

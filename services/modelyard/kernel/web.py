@@ -27,7 +27,7 @@ from ..core.events import event_id
 from . import idempotency
 from .call import CLOSING, Call, Query, refuse_unknown, reply
 from .guard import Guard
-from .observe import REGISTRY, fields, trace_from
+from .observe import REGISTRY, fields, in_service, trace_from
 from .problems import answer
 from .service import Context
 
@@ -42,7 +42,7 @@ SECONDS = Histogram("modelyard_http_request_seconds", "Time until the answer was
                     buckets=(.002, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60))
 RUNNING = Gauge("modelyard_http_requests_running", "Requests being answered now", registry=REGISTRY)
 REQUEST_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:\-]{0,127}$")
-EVERYWHERE = {"wait": "Seconds to wait for the next phase, at most 60.", "pretty": ""}
+EVERYWHERE = {"wait": "Seconds to wait for the next phase, at most 60."}
 _CALL: web.RequestKey[Call] = web.RequestKey("call", Call)
 _TRACE: web.RequestKey[str] = web.RequestKey("trace", str)
 _ID: web.RequestKey[str] = web.RequestKey("request_id", str)
@@ -87,8 +87,8 @@ def application(guard: Guard) -> web.Application:
     return app
 
 
-def mount(app: web.Application, routes: Iterable[Route], ctx: Context) -> None:
-    """Adds a room's routes, answered with its context."""
+def mount(app: web.Application, routes: Iterable[Route], ctx: Context, owner: str | None = None) -> None:
+    """Adds a room's routes, answered with its context; metrics count them under ``owner``, else its service."""
     declared = list(routes)
     heads = {r.path for r in declared if r.method == hdrs.METH_HEAD}
     for route in declared:
@@ -97,7 +97,7 @@ def mount(app: web.Application, routes: Iterable[Route], ctx: Context) -> None:
         if route.method == hdrs.METH_GET and route.path not in heads:
             added.append(app.router.add_route(hdrs.METH_HEAD, route.path, handle))
         for one in added:
-            app[_OWNERS][_key(one)] = ctx.service
+            app[_OWNERS][_key(one)] = owner or ctx.service
 
 
 def forward_to(app: web.Application, service: str, prefixes: Sequence[str],
@@ -113,6 +113,7 @@ def forward_to(app: web.Application, service: str, prefixes: Sequence[str],
 
 def _endpoint(route: Route, ctx: Context) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     async def handle(request: web.Request) -> web.StreamResponse:
+        in_service(ctx.service)
         call = request[_CALL]
         if route.query:
             refuse_unknown(call.query, {**EVERYWHERE, **route.query})

@@ -1,0 +1,83 @@
+"""One server: the services of one process behind one port, and the way to those that run elsewhere."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from ..core.errors import Invalid
+from ..ports import Port
+from ..ports.bus import EventBus
+from . import feed, health, letters, openapi
+from .forward import Peers
+from .guard import Guard
+from .service import Context, Service
+from .web import Route, application, forward_to, mount
+
+GRACE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """A service that runs in this process."""
+
+    service: Service
+    context: Context
+
+
+def build(hosted: Sequence[Hosted], all_services: Sequence[Service], *, bus: EventBus, peers: Peers, guard: Guard,
+          needed: Mapping[str, Port]) -> web.Application:
+    """The application of one process: its own services' routes, the kernel's, and the others' forwarded.
+
+    ``all_services`` are the services of the house; ``needed`` the ports that decide readiness.
+    """
+    app = application(guard)
+    here = [h.service.name for h in hosted]
+    for h in hosted:
+        mount(app, h.service.routes(h.context), h.context)
+        mount(app, letters.internal_routes(h.service), h.context, owner="kernel")
+    kernel: list[Route] = [
+        *feed.routes(bus), *letters.routes([s.name for s in all_services], peers),
+        *health.routes(needed, {"bus": bus}, here),
+    ]
+    mount(app, [*kernel, *openapi.routes(all_services, kernel)], hosted[0].context, owner="kernel")
+    for service in all_services:
+        if service.name not in here:
+            forward_to(app, service.name, service.owns, peers.forward)
+    return app
+
+
+class Server:
+    """An application on a port. ``stop`` ends streams and long polls, answers what is in flight, within 20 s."""
+
+    def __init__(self, app: web.Application) -> None:
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE_S, keepalive_timeout=75,
+                                     handler_cancellation=False)
+
+    async def start(self, host: str, port: int) -> int:
+        """Listens, and gives the port (of use when ``port`` is 0). Invalid names a port or host that cannot be had."""
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, host, port).start()
+        except OSError as exc:
+            await self.stop()
+            raise _refused(host, port, exc) from exc
+        return int(self._runner.addresses[0][1])
+
+    async def stop(self) -> None:
+        """Stopping twice is fine."""
+        await self._runner.cleanup()
+
+
+def _refused(host: str, port: int, exc: OSError) -> Invalid:
+    if exc.errno == errno.EADDRINUSE:
+        return Invalid(f"port {port} on {host} is in use by another program; stop it, or choose another port "
+                       "with --port", code="port-in-use", port=port)
+    if exc.errno == errno.EACCES:
+        return Invalid(f"port {port} on {host} is not open to this user; choose one above 1023 with --port",
+                       code="port-refused", port=port)
+    return Invalid(f"cannot listen on {host} port {port}: {exc.strerror or exc}; --host names an address of this "
+                   "machine", code="host-refused", port=port)

@@ -1,0 +1,211 @@
+"""A node: settings → adapters → contexts → services → run, until it is told to stop.
+
+    await run(load(), ["registry"])            # returns after SIGTERM or Ctrl-C; raises ModelyardError when it cannot
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import platform
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from .adapters import urls
+from .core.errors import Invalid
+from .folder import lock, prepare, service_token
+from .kernel.forward import Peers
+from .kernel.guard import Guard
+from .kernel.idempotency import FORGET
+from .kernel.observe import fields, setup_logging
+from .kernel.run import Wakes, run_service
+from .kernel.server import Hosted, Server, build
+from .kernel.service import Context, Service
+from .ports import Port
+from .ports.bus import EventBus
+from .ports.targets import DeploymentTarget
+from .settings import DEFAULT_PORT, Settings
+
+log = logging.getLogger(__name__)
+P = TypeVar("P", bound=Port)
+ROOMS = {"registry": ".registry", "image-builder": ".image_builder", "deployer": ".deployer", "telemetry": ".telemetry"}
+"""Service → the room that declares it as ``SERVICE``."""
+TARGETS_OF = "deployer"
+
+
+def services(names: Sequence[str] = ()) -> list[Service]:
+    """The declared services; all of them without names. Invalid for a name that is none."""
+    if unknown := [n for n in names if n not in ROOMS]:
+        raise Invalid(f"no service is called {', '.join(unknown)}; there are: {', '.join(ROOMS)}", field="service")
+    wanted = dict.fromkeys(names) or ROOMS
+    return [importlib.import_module(ROOMS[name], __package__).SERVICE for name in wanted]
+
+
+def check_machine() -> None:
+    """Invalid on a machine that replicas cannot run on."""
+    system, machine = platform.system(), platform.machine().lower()
+    if system != "Linux" or machine not in ("x86_64", "amd64", "aarch64", "arm64"):
+        raise Invalid(f"`modelyard serve` runs on Linux on x86-64 or arm64, not on {system} {machine}; the SDK and "
+                      "the command line work here against a server elsewhere (MODELYARD_URL)", code="machine")
+
+
+@dataclass(frozen=True)
+class Node:
+    """The services of this process, opened and answering at ``url``; ``work`` is what runs in the background."""
+
+    url: str
+    server: Server
+    parts: Parts
+
+    @property
+    def names(self) -> list[str]:
+        """The services that run here."""
+        return [h.service.name for h in self.parts.hosted]
+
+    async def work(self) -> None:
+        """Relays, consumers and loops, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for h in self.parts.hosted:
+                service = replace(h.service, loops=(*h.service.loops, FORGET))
+                wakes = self.parts.wakes[h.service.name]
+                group.create_task(run_service(h.context, service, self.parts.bus, wakes))
+
+    async def stop_replicas(self) -> None:
+        """Ends what the targets of this machine run."""
+        for target in self.parts.targets.values():
+            if (stop_all := getattr(target, "stop_all", None)) is not None:
+                await stop_all()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a node is made of: opened adapters, and the services with their contexts."""
+
+    bus: EventBus
+    targets: dict[str, DeploymentTarget]
+    hosted: list[Hosted]
+    wakes: dict[str, Wakes]
+
+
+@asynccontextmanager
+async def opened(settings: Settings, names: Sequence[str] = ()) -> AsyncIterator[Node]:
+    """A node that listens; leaving closes everything. Its background work is the caller's to run (``Node.work``)."""
+    wanted, house = services(names), services()
+    async with AsyncExitStack() as stack:
+        await asyncio.to_thread(prepare, settings.data)
+        for service in wanted:
+            stack.callback(os.close, await asyncio.to_thread(lock, settings.data, service.name))
+        token = settings.service_token.get_secret_value() if settings.service_token else \
+            await asyncio.to_thread(service_token, settings.data)
+        guard = Guard(_hosts(settings), token=await asyncio.to_thread(settings.secret), service_token=token)
+        peers = Peers(settings.services, token)
+        stack.push_async_callback(peers.close)
+        parts = await _open(stack, settings, wanted, peers)
+        needed: dict[str, Port] = {f"store of {h.service.name}": h.context.store for h in parts.hosted}
+        for port in needed.values():
+            await port.check()
+        server = Server(build(parts.hosted, house, bus=parts.bus, peers=peers, guard=guard, needed=needed))
+        stack.push_async_callback(server.stop)
+        number = await server.start(settings.host, _port(settings, wanted, house))
+        url = f"http://{_address(settings.host)}:{number}"
+        peers.urls.update({s.name: url for s in wanted})
+        yield Node(url, server, parts)
+
+
+async def _open(stack: AsyncExitStack, settings: Settings, wanted: Sequence[Service], peers: Peers) -> Parts:
+    def keep(port: P) -> P:
+        stack.push_async_callback(port.close)
+        return port
+
+    bus = keep(await urls.open_bus(settings.bus))
+    blobs = keep(await urls.open_blobs(settings.blobs))
+    grants = keep(await urls.open_grants(settings.blobs))
+    images = keep(await urls.open_images(settings.images))
+    targets: dict[str, DeploymentTarget] = {}
+    if any(s.name == TARGETS_OF for s in wanted):
+        for name, url in settings.targets.items():
+            targets[name] = keep(await urls.open_target(name, url, images=images, data=settings.data))
+    hosted, wakes = [], {}
+    for service in wanted:
+        store = keep(await urls.open_store(settings.store, service.name))
+        wakes[service.name] = Wakes()
+        hosted.append(Hosted(service, Context(
+            service=service.name, store=store, blobs=blobs, images=images, grants=grants, targets=targets,
+            peers=peers, data=settings.data, wake=wakes[service.name].wake)))
+    return Parts(bus, targets, hosted, wakes)
+
+
+def _port(settings: Settings, wanted: Sequence[Service], house: Sequence[Service]) -> int:
+    """``--port``; else a single service's own from ``services``; else 8700."""
+    if settings.port is not None:
+        return settings.port
+    if len(wanted) == 1 < len(house):
+        return urlsplit(settings.services[wanted[0].name]).port or DEFAULT_PORT
+    return DEFAULT_PORT
+
+
+def _address(host: str) -> str:
+    """How this process reaches itself when it listens on ``host``."""
+    plain = host.strip("[]")
+    known = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}
+    return known.get(plain) or (f"[{plain}]" if ":" in plain else plain)
+
+
+def _hosts(settings: Settings) -> set[str]:
+    """Host names to answer to: those allowed, the one listened on, and how services call each other."""
+    called = {urlsplit(url).hostname or "" for url in settings.services.values()}
+    listened = _address(settings.host)
+    return {*settings.allowed_hosts, *called, listened} - {""}
+
+
+async def run(settings: Settings, names: Sequence[str] = (), *,
+              ready: Callable[[str, list[str]], None] | None = None) -> None:
+    """Runs services until SIGTERM or Ctrl-C, then drains; a second Ctrl-C ends at once. No names: all of them.
+
+    ``ready`` is told the URL and the services once requests are answered. All-in-one, replicas are stopped at the
+    end; apart they go on serving and are adopted again. Raises Invalid, Conflict or Unavailable, saying what to do.
+    """
+    check_machine()
+    setup_logging(settings.log_level)
+    stop = _stop_signals()
+    async with opened(settings, names) as node:
+        log.info("answering", extra=fields(url=node.url, services=node.names))
+        if ready is not None:
+            ready(node.url, node.names)
+        work, told = asyncio.create_task(node.work()), asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({work, told}, return_when=asyncio.FIRST_COMPLETED)
+            log.info("stopping")
+            await node.server.stop()
+        finally:
+            broken = work.done() and not work.cancelled()
+            for task in (work, told):
+                task.cancel()
+            await asyncio.gather(work, told, return_exceptions=True)
+            if set(node.names) == ROOMS.keys():
+                await node.stop_replicas()
+        if broken:
+            work.result()
+    log.info("stopped")
+
+
+def _stop_signals() -> asyncio.Event:
+    """Set by SIGTERM or SIGINT; the second SIGINT ends the process there and then."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        if stop.is_set():
+            print("stopped at once; replicas may go on running", file=sys.stderr, flush=True)
+            os._exit(130)
+        stop.set()
+
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    return stop
