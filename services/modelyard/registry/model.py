@@ -1,0 +1,160 @@
+"""What the registry keeps: artifacts, models and the aliases of a name. Pure: documents and their transitions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Literal
+
+from ..core.documents import Document, Range, Ref, Time
+from ..core.errors import Invalid
+from ..core.specs import Dataset, ModelSpec
+
+CHANGEABLE = ("tags", "properties", "description")
+HOLD_KINDS = ("image", "deployment", "alias")
+
+
+class Artifact(Document):
+    """The record of one artifact in one workspace; ``id`` is its digest, ``size`` in bytes.
+
+    ``fate``: ``kept``; ``doomed`` when its last model went (whoever wants it again rescues it by one commit);
+    ``erasing`` from then on nobody can, until the record is a tombstone and an upload may begin anew.
+    """
+
+    kind = "artifact"
+    hidden = frozenset({"fate"})
+
+    size: int
+    fate: Literal["kept", "doomed", "erasing"] = "kept"
+
+
+class Model(Document):
+    """One version of a name. ``holds`` are those who need it, ``"<kind>/<holder>"`` → since when.
+
+    ``place`` sorts by name, then version. ``marks`` of the highest version hold ``latest`` and ``latest/<name>``.
+    """
+
+    kind = "model"
+    indexed = frozenset({"name", "place", "marks", "artifact", "framework", "run", "tags", "properties"})
+    hidden = frozenset({"place", "marks", "holds"})
+
+    name: str
+    version: int
+    artifact: str
+    size: int
+    unpack: bool = False
+    framework: str
+    framework_version: str | None = None
+    filename: str | None = None
+    trusted: bool = False
+    tags: dict[str, str] = {}
+    properties: dict[str, str] = {}
+    description: str = ""
+    signature: dict[str, Any] | None = None
+    parent: str | None = None
+    run: str | None = None
+    experiment: str | None = None
+    datasets: list[Dataset] = []
+
+    place: str
+    marks: tuple[str, ...] = ()
+    holds: dict[str, Time] = {}
+
+    @property
+    def aliases(self) -> list[str]:
+        """The aliases that point here."""
+        return sorted(holder for kind, holder in map(split_hold, self.holds) if kind == "alias")
+
+    def view(self) -> dict[str, Any]:
+        return {**super().view(), "aliases": self.aliases}
+
+    @property
+    def download_name(self) -> str:
+        """What the file is called when it is fetched."""
+        return self.filename or f"{self.name}-{self.version}" + (".tar" if self.unpack else "")
+
+
+class ModelName(Document):
+    """What all versions of a name share: ``aliases``, alias → version."""
+
+    kind = "model-name"
+
+    name: str
+    aliases: dict[str, int] = {}
+
+
+def place(name: str, version: int) -> str:
+    """Sorts as text by name, then version: the blank sorts before all letters of a name."""
+    return f"{name} {version:019d}"
+
+
+def versions_of(name: str) -> Range:
+    """The places of all versions of one name."""
+    return Range(gte=f"{name} ", lt=f"{name}!")
+
+
+def latest_marks(name: str) -> tuple[str, ...]:
+    return ("latest", f"latest/{name}")
+
+
+def split_hold(hold: str) -> tuple[str, str]:
+    """``image/iris-scorer:7`` → ``("image", "iris-scorer:7")``."""
+    kind, _, holder = hold.partition("/")
+    return kind, holder
+
+
+def exact(text: str) -> str:
+    """``iris:4``; Invalid for a reference that does not name a version."""
+    ref = Ref.parse(text)
+    if ref.version is None:
+        raise Invalid(f"'{text}' does not name a version; write {ref.name}:VERSION", field="ref")
+    return str(ref)
+
+
+def made(spec: ModelSpec, version: int, *, workspace: str, size: int, framework: str,
+         signature: dict[str, Any] | None, parent: str | None, made_by: str | None, now: datetime) -> Model:
+    """Version ``version`` of the name, as first stored: the newest, so marked as the latest."""
+    return Model(
+        **{**dict(spec), "framework": framework, "signature": signature, "parent": parent},
+        workspace=workspace, id=f"{spec.name}:{version}", version=version, size=size,
+        place=place(spec.name, version), marks=latest_marks(spec.name), made_by=made_by, created=now, updated=now)
+
+
+def patched(doc: Model, wanted: ModelSpec, now: datetime) -> tuple[Model, dict[str, Any]] | None:
+    """The model with the caller's changes and the old values of what changed; None when nothing did.
+
+    Raises Invalid (``write-once``), naming every field and property that may not change.
+    """
+    errors = [{"field": field, "message": "is written once, at registration"}
+              for field in sorted(ModelSpec.model_fields.keys() - {*CHANGEABLE})
+              if getattr(wanted, field) != getattr(doc, field)]
+    errors += [{"field": f"properties.{key}", "message": f"is '{value}' and cannot change; properties can be added"}
+               for key, value in sorted(doc.properties.items()) if wanted.properties.get(key) != value]
+    if errors:
+        told = "; ".join(f"{error['field']} {error['message']}" for error in errors)
+        raise Invalid(f"{doc.id}: {told}", code="write-once", errors=errors)
+    new = {field: getattr(wanted, field) for field in CHANGEABLE}
+    previous = {field: getattr(doc, field) for field, value in new.items() if value != getattr(doc, field)}
+    if not previous:
+        return None
+    return doc.evolve(**new, generation=doc.generation + 1, updated=now), previous
+
+
+def held(doc: Model, kind: str, holder: str, now: datetime) -> Model | None:
+    """With the hold, or None when it is there."""
+    hold = f"{kind}/{holder}"
+    return None if hold in doc.holds else doc.evolve(holds={**doc.holds, hold: now})
+
+
+def released(doc: Model, kind: str, holder: str) -> Model | None:
+    """Without the hold, or None when it is not there."""
+    hold = f"{kind}/{holder}"
+    return doc.evolve(holds={k: v for k, v in doc.holds.items() if k != hold}) if hold in doc.holds else None
+
+
+def aliased(doc: ModelName, aliases: Mapping[str, int], now: datetime) -> tuple[ModelName, dict[str, Any]] | None:
+    """With these aliases, and the old ones; None when they are the same."""
+    if doc.aliases == aliases:
+        return None
+    new = doc.evolve(aliases=dict(aliases), generation=doc.generation + bool(doc.revision), updated=now)
+    return new, {"aliases": doc.aliases}
