@@ -87,7 +87,8 @@ def plan(type_: type[Document], where: Where | None, order: str, after: tuple[Sc
             ends = [None if end is None else scalar(field, end) for end in (value.gte, value.lt)]
             ranged = (field, ends[0], ends[1])
         elif shape(type_, field) == "map" and isinstance(value, Mapping):
-            equal += [(f"{field}=", pair(str(scalar(field, k)), str(scalar(field, v)))) for k, v in value.items()]
+            equal += [(field, scalar(field, k)) if v is None else
+                      (f"{field}=", pair(str(scalar(field, k)), str(scalar(field, v)))) for k, v in value.items()]
         else:
             equal.append((field, scalar(field, value)))
     name = order.removeprefix("-")

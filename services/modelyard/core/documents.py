@@ -85,8 +85,8 @@ class Range:
 
 
 Where = Mapping[str, Any]
-"""``{"field": value}`` equality (containment in a list field), ``{"tags": {"k": "v"}}`` every pair present,
-``{"tags": "k"}`` key present, ``{"field": Range(…)}`` at most one range. All terms must hold."""
+"""``{"field": value}`` equality (containment in a list field), ``{"tags": {"k": "v"}}`` every pair present
+(``{"k": None}``: the key), ``{"tags": "k"}`` key present, ``{"field": Range(…)}`` at most one range. All terms must hold."""
 
 
 @dataclass(frozen=True, order=True)
