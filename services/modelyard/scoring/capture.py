@@ -235,7 +235,8 @@ class CaptureLog:
             self.last_error = str(exc)
 
     def _open(self) -> None:
-        about = {**self._about, "segment": self._next, "first": self._sequence + 1, "started": self._started_ns}
+        about = {**self._about, "segment": self._next, "first": self._sequence + 1, "started": self._started_ns,
+                 "opened": time.time_ns()}
         number, self._next = self._next, self._next + 1
         self._tried = self._opened = time.monotonic()
         try:
