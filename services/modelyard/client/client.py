@@ -66,16 +66,16 @@ class AsyncClient:
 
     def events(
         self, types: Sequence[str] | None = None, *, subject: str | None = None, after: str = "end",
-        idle_s: float | None = None,
+        follow: bool = True,
     ) -> AsyncIterator[Event]:
         """Events as they happen; ``after`` is ``beginning``, ``end`` or a cursor. ``types`` are topics, ``*`` at
         the end matches any rest: ``deployment.*``. A lost connection is taken up again behind the last event.
-        Never ends by itself, unless ``idle_s`` seconds go by without an event.
+        Never ends by itself, unless ``follow`` is False: then what there is up to now.
 
-        >>> [e.topic for e in yard.events(["model.*"], after="beginning", idle_s=1)][:2]
+        >>> [e.topic for e in yard.events(["model.*"], after="beginning", follow=False)][:2]
         ['model.registered', 'model.updated']
         """
-        return stream(self._http, types, subject, after, idle_s)
+        return stream(self._http, types, subject, after, follow)
 
     async def apply(
         self, documents: Sequence[Mapping[str, Any]], *, root: str | Path = ".", dry_run: bool = False,
@@ -88,6 +88,10 @@ class AsyncClient:
     async def ready(self) -> dict[str, Any]:
         """What ``/readyz`` says. Raises Unavailable with what is missing."""
         return dict(await self._http.json("GET", "/readyz", repeat=False) or {})
+
+    async def ask(self, route: str) -> str:
+        """The text of a GET, for routes that have no method here: ``/v1/openapi.json``."""
+        return (await self._http.send("GET", route)).body.decode(errors="replace")
 
     async def close(self) -> None:
         """Closes every connection."""

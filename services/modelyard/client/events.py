@@ -25,7 +25,7 @@ class Event(Envelope):
 
 
 async def _frames(lines: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, bytes]]:
-    """(id, data) of each frame. One that is only a comment says that the stream lives: ``("", b"")``."""
+    """(id, data) of each frame; one without data only carries the cursor on."""
     cursor, data = "", b""
     async for line in lines:
         field, _, value = line.partition(b":")
@@ -39,43 +39,29 @@ async def _frames(lines: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, bytes
             data += (b"\n" if data else b"") + value
 
 
-async def _once(
-    http: Http, params: Params, cursor: str | None, idle_s: float | None,
-) -> AsyncIterator[Event | None]:
-    """One connection's events; None when ``idle_s`` went by without one."""
-    head = {"Last-Event-ID": cursor} if cursor else {}
-    async with http.lines(path("events"), params=params, headers=head, endless=True) as lines:
-        frames = _frames(lines)
-        while True:
-            try:
-                async with asyncio.timeout(idle_s):
-                    frame = await anext(frames, None)
-                    while frame is not None and not frame[1]:
-                        frame = await anext(frames, None)
-            except TimeoutError:
-                yield None
-                return
-            if frame is None:
-                return
-            yield Event.model_validate({**orjson.loads(frame[1]), "cursor": frame[0]})
-
-
 async def stream(
-    http: Http, types: Sequence[str] | None, subject: str | None, after: str, idle_s: float | None,
+    http: Http, types: Sequence[str] | None, subject: str | None, after: str, follow: bool,
 ) -> AsyncIterator[Event]:
-    """Events from ``after`` on, for ever, or until ``idle_s`` seconds went by without one."""
-    cursor: str | None = None
+    """Events behind ``after``: those there are, and with ``follow`` for ever those that come. A connection that is
+    lost is taken up again behind the last event; one that was never there raises Unavailable."""
+    cursor = ""
     tries = 0
-    params: Params = {"types": ",".join(types) if types else None, "subject": subject, "after": after}
+    params: Params = {
+        "types": ",".join(types) if types else None, "subject": subject, "after": after,
+        "follow": None if follow else False,
+    }
     while True:
+        head = {"Last-Event-ID": cursor} if cursor else {}
         try:
-            async for event in _once(http, params, cursor, idle_s):
-                if event is None:
-                    return
-                cursor, tries = event.cursor or cursor, 0
-                yield event
+            async with http.lines(path("events"), params=params, headers=head, endless=follow) as lines:
+                async for id, data in _frames(lines):
+                    cursor, tries = id or cursor, 0
+                    if data:
+                        yield Event.model_validate({**orjson.loads(data), "cursor": cursor})
+            if not follow:
+                return
         except Unavailable:
-            if (cursor is None and tries == 0) or tries >= len(RECONNECT_S):
+            if not cursor or tries >= len(RECONNECT_S):
                 raise
         await asyncio.sleep(RECONNECT_S[min(tries, len(RECONNECT_S) - 1)])
         tries += 1

@@ -166,6 +166,7 @@ class Client(Face[AsyncClient]):
     events = yields(AsyncClient.events)
     apply = blocks(AsyncClient.apply)
     ready = blocks(AsyncClient.ready)
+    ask = blocks(AsyncClient.ask)
 
     def close(self) -> None:
         """Closes every connection and ends the thread. Closing twice is fine."""

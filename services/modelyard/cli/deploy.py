@@ -1,0 +1,117 @@
+"""modelyard deploy: register, build, deploy and wait, in one command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .folder import found
+from .images import built
+from .options import Env, Output, Tags, connect, pairs
+from .show import Format, Steps, document
+
+if TYPE_CHECKING:
+    from ..client import Client, Deployment
+
+UNKNOWN_INPUT = '{"data": [[…]]}'
+
+
+def deploy(
+    path: Annotated[Path, typer.Argument(exists=True, help="A folder with score.py, requirements.txt and the model's "
+                                                           "files; or one .onnx, .skops or .joblib file.")],
+    name: Annotated[str, typer.Option("--name", "-n", help="The deployment's name, and the model's and image's.")],
+    model: Annotated[str | None, typer.Option(help="Another name for the model.")] = None,
+    image: Annotated[str | None, typer.Option(help="Another name for the image.")] = None,
+    target: Annotated[str, typer.Option(help="Where it runs: a name in the settings.")] = "local",
+    replicas: Annotated[int | None, typer.Option(min=1, help="How many replicas.")] = None,
+    capture: Annotated[bool, typer.Option("--capture/--no-capture", help="Record every call.")] = True,
+    trust: Annotated[bool, typer.Option("--trust", help="A joblib or pickle file may run code when it is loaded, and "
+                                                        "it is yours.")] = False,
+    env: Env = None, tag: Tags = None, output: Output = Format.table,
+) -> None:
+    """Registers, builds, deploys and waits. Run again after a change, it upgrades without a failed call; what did
+    not change is not made again. In a folder every .py file is code, the rest is the model: in score.py,
+    modelyard.model_path(NAME) is its file, or its folder if there are several files."""
+    with connect() as yard, Steps() as steps:
+        with found(path, trust) as parts:
+            models = []
+            if parts.model is not None:
+                models.append(_register(yard, steps, model or name, parts.model, trust, pairs(tag, "--tag")))
+            built_image = _build(yard, steps, image or name, models, parts.score, parts.requirements)
+        service = _run(yard, steps, name, built_image, target, replicas, capture, pairs(env, "--env"))
+    if output is not Format.table:
+        document(service.document, output, "Deployment")
+    else:
+        _tell(service)
+
+
+def _register(
+    yard: Client, steps: Steps, name: str, path: Path, trust: bool, tags: dict[str, str] | None,
+) -> str:
+    steps.start(f"registering {name}")
+    wanted: dict[str, Any] = {"kind": "Model", "name": name, "path": str(path.resolve()), "trusted": trust}
+    (change,) = yard.apply([{**wanted, "tags": tags or {}}], on_progress=steps)
+    steps.done(f"model {change.id}{' (as it was)' if change.action == 'unchanged' else ''}")
+    return change.id
+
+
+def _build(
+    yard: Client, steps: Steps, name: str, models: list[str], score: Path | None, requirements: Path | None,
+) -> str:
+    steps.start(f"building {name}")
+    wanted: dict[str, Any] = {"kind": "Image", "name": name, "models": models}
+    if score is not None:
+        wanted["score"] = str(score.resolve())
+    if requirements is not None:
+        wanted["requirements"] = str(requirements.resolve())
+    (change,) = yard.apply([wanted], on_progress=steps)
+    image = built(yard, yard.images.get(change.id), steps)
+    steps.done(f"image {image.id}{' (as it was)' if change.action == 'unchanged' else ''}")
+    return image.id
+
+
+def _run(
+    yard: Client, steps: Steps, name: str, image: str, target: str, replicas: int | None, capture: bool,
+    env: dict[str, str] | None,
+) -> Deployment:
+    from ..core.errors import NotFound
+
+    steps.start(f"deploying {name}")
+    try:
+        yard.deployments.get(name)
+    except NotFound:
+        service = yard.deployments.create(
+            name, image=image, target=target, replicas=replicas, capture=capture, env=env)
+    else:
+        more: dict[str, Any] = {"env": env} if env else {}
+        service = yard.deployments.update(name, image=image, replicas=replicas, capture=capture, **more)
+    service.wait(on_progress=steps)
+    steps.done(f"deployment {name} is {service.phase}, {service.replicas_ready} ready")
+    return service
+
+
+def _tell(service: Deployment) -> None:
+    ends = service.endpoints
+    print(f"REST  {ends.get('rest')}/score")
+    print(f"gRPC  {ends.get('grpc')}")
+    print(f"try   modelyard score {service.name} --data '{_example(ends.get('rest', ''), service.name)}'", flush=True)
+
+
+def _example(rest: str, name: str) -> str:
+    """Zeros of the shape that the model declares; dots where it declares none."""
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"{rest}/v2/models/{name}", timeout=5) as answer:
+            inputs = json.load(answer).get("inputs") or []
+    except (OSError, ValueError) as exc:
+        print(f"(its inputs cannot be asked for: {exc})", file=sys.stderr)
+        return UNKNOWN_INPUT
+    shape = inputs[0].get("shape") or [] if len(inputs) == 1 else []
+    if len(shape) == 2 and 0 < int(shape[1]) <= 100:
+        return json.dumps({"data": [[0] * int(shape[1])]})
+    return UNKNOWN_INPUT

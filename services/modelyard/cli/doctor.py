@@ -1,0 +1,96 @@
+"""modelyard doctor: what is reachable, what is missing, the line to fix it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..core.errors import ModelyardError
+from .options import Output, connect
+from .show import Column, Format, documents
+
+ROUTES = {
+    "registry": "/v1/models?limit=1", "image-builder": "/v1/images?limit=1", "deployer": "/v1/deployments?limit=1",
+    "telemetry": "/v1/telemetry/doctor", "events": "/v1/events?after=end&follow=false",
+}
+ROOM_BYTES = 2 * 10**9
+COLUMNS: list[Column] = ["ok", "check", "found", "fix"]
+
+
+def doctor(output: Output = Format.table) -> None:
+    """Looks at this machine and at the yard; exit 1 when something is missing."""
+    rows = [_python(), _machine(), _uv(), *_settings(), *_yard()]
+    documents(rows, COLUMNS, output)
+    if not all(row["ok"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _row(check: str, ok: bool, found: str, fix: str = "") -> dict[str, Any]:
+    return {"ok": ok, "check": check, "found": found, "fix": "" if ok else fix}
+
+
+def _python() -> dict[str, Any]:
+    return _row("python", sys.version_info >= (3, 11), f"{platform.python_version()} at {sys.executable}",
+                "install Python 3.11 or newer")
+
+
+def _machine() -> dict[str, Any]:
+    here = f"{platform.system()} {platform.machine()}"
+    fits = here.lower() in ("linux x86_64", "linux aarch64", "linux arm64", "linux amd64")
+    return _row("machine", fits, here, "serve on Linux (x86-64 or arm64); the SDK and this command work anywhere")
+
+
+def _uv() -> dict[str, Any]:
+    beside = Path(sys.executable).with_name("uv")
+    where = str(beside) if beside.is_file() else shutil.which("uv")
+    return _row("uv", where is not None, where or "not found", f"{sys.executable} -m pip install uv")
+
+
+def _settings() -> list[dict[str, Any]]:
+    from ..settings import load
+
+    try:
+        settings = load()
+    except ModelyardError as exc:
+        return [_row("settings", False, exc.message, "mend MODELYARD_* in the environment, or modelyard.toml")]
+    folder = settings.data
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    writable, free = os.access(there, os.W_OK | os.X_OK), shutil.disk_usage(there).free
+    return [
+        _row("settings", True, "valid"),
+        _row("data folder", writable, str(folder), "modelyard serve --data DIR, with a folder that you may write to"),
+        _row("disk", free > ROOM_BYTES, f"{free / 1e9:.1f} GB free", f"free some space below {there}"),
+    ]
+
+
+def _yard() -> list[dict[str, Any]]:
+    with connect() as yard:
+        rows = [_asked("yard", yard.ready, lambda _: yard.url)]
+        if not rows[0]["ok"]:
+            return rows
+        for service, route in ROUTES.items():
+            rows.append(_asked(service, partial(yard.ask, route), lambda _: "answers"))
+        rows.append(_asked("dead letters", lambda: len(yard.dead.list(limit=100)), lambda n: f"{n}"))
+        if rows[-1]["ok"] and rows[-1]["found"] != "0":
+            rows[-1] |= {"ok": False, "fix": "modelyard dead list"}
+    return rows
+
+
+def _asked(check: str, ask: Callable[[], Any], told: Callable[[Any], str]) -> dict[str, Any]:
+    from ..core.errors import NotFound
+
+    try:
+        return _row(check, True, told(ask()))
+    except NotFound:
+        return _row(check, True, "answers")
+    except ModelyardError as exc:
+        message, _, fix = exc.message.partition("; ")
+        return _row(check, False, message, fix.removeprefix("start it with: ") or str(exc.detail.get("help") or ""))

@@ -1,0 +1,91 @@
+"""What ``modelyard deploy PATH`` finds at PATH: which files are code, which are the model, what they need."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.errors import Invalid
+
+ALONE = (".onnx", ".skops", ".joblib", ".pkl", ".pickle")
+"""Endings of files that are served without any code."""
+PICKLES = (".joblib", ".pkl", ".pickle")
+NOT_MODEL = (".py", ".md", ".rst", ".ipynb")
+REQUIREMENTS = "requirements.txt"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model (file or folder), a scoring file (or folder with one), a requirements file; what is absent is None."""
+
+    model: Path | None
+    score: Path | None = None
+    requirements: Path | None = None
+
+
+@contextmanager
+def found(path: Path, trust: bool) -> Iterator[Found]:
+    """Sorts what is at ``path``; parts of a folder that travel together lie in a temporary folder meanwhile.
+
+    Raises Invalid, saying what is missing.
+    """
+    if path.is_file():
+        yield _alone(path, trust)
+        return
+    if not (path / "score.py").is_file():
+        raise Invalid(
+            f"there is no score.py in '{path}'; put one there (init() and run(data)), or give one model file: "
+            f"{', '.join(ALONE)}", field="path")
+    code, rest = _sorted(path)
+    with tempfile.TemporaryDirectory(prefix="modelyard-deploy-") as stage:
+        requirements = path / REQUIREMENTS
+        yield Found(
+            model=_together(path, rest, Path(stage) / "model"), score=_together(path, code, Path(stage) / "score"),
+            requirements=requirements if requirements.is_file() else None)
+
+
+def _alone(path: Path, trust: bool) -> Found:
+    if path.name == "score.py":
+        return Found(None, score=path)
+    if path.suffix.lower() not in ALONE:
+        raise Invalid(
+            f"'{path.name}' cannot be served alone; give {', '.join(ALONE)}, or a folder with score.py", field="path")
+    if path.suffix.lower() in PICKLES and not trust:
+        raise Invalid(
+            f"loading '{path.name}' may run code that it holds; say --trust if it is yours, or save it with skops",
+            field="path")
+    return Found(path)
+
+
+def _sorted(path: Path) -> tuple[list[Path], list[Path]]:
+    """(code, model files), relative to ``path``. Hidden files, caches, notes and requirements are neither."""
+    code, rest = [], []
+    for folder, folders, files in os.walk(path, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
+        for name in sorted(files):
+            file = (Path(folder) / name).relative_to(path)
+            if name.endswith(".py"):
+                code.append(file)
+            elif not name.startswith(".") and name != REQUIREMENTS and not name.lower().endswith(NOT_MODEL):
+                rest.append(file)
+    return code, rest
+
+
+def _together(root: Path, files: Sequence[Path], stage: Path) -> Path | None:
+    """Nothing, the only file where it is, or a folder with all of them (linked, not copied, where that works)."""
+    if len(files) < 2:
+        return root / files[0] if files else None
+    for file in files:
+        target = stage / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source = (root / file).resolve()
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+    return stage

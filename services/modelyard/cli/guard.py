@@ -1,0 +1,70 @@
+"""How the command line ends: 0, 1 (failed) or 2 (usage); a line on stderr that says what to do; never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from ..core.errors import ModelyardError
+
+INTERRUPTED = 130
+
+
+class Guarded(TyperGroup):
+    """The root group: whatever a command raises ends here."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModelyardError as exc:
+            explain(exc)
+            raise typer.Exit(1) from exc
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            hush()
+            raise typer.Exit(1) from None
+        except OSError as exc:
+            where = f" '{exc.filename}'" if exc.filename else ""
+            complain(f"{exc.strerror or exc}{where}")
+            raise typer.Exit(1) from exc
+
+
+def complain(message: str, *more: str) -> None:
+    """``error: …`` on stderr, further lines indented."""
+    print(f"error: {message}", *(f"  {line}" for line in more), sep="\n", file=sys.stderr)
+
+
+def explain(exc: ModelyardError) -> None:
+    """An error with all that it knows: every problem of the request, what is in the way, what to do."""
+    lines = [problem for problem in _problems(exc.detail.get("errors")) if problem not in exc.message]
+    lines += [f"{b.get('kind')} {b.get('id')} ({b.get('phase')})" for b in exc.detail.get("blockers") or []]
+    if help := exc.detail.get("help"):
+        lines.append(f"try: {help}" if str(help).startswith("modelyard ") else str(help))
+    complain(exc.message, *lines)
+
+
+def _problems(errors: Any) -> list[str]:
+    found = [e for e in errors or [] if isinstance(e, Mapping) and e.get("message")]
+    return [f"{e['field']}: {e['message']}" if e.get("field") else str(e["message"]) for e in found]
+
+
+def fail(message: str, *more: str) -> NoReturn:
+    """Ends the command with exit code 1."""
+    complain(message, *more)
+    raise typer.Exit(1)
+
+
+def usage(message: str) -> NoReturn:
+    """Ends the command with exit code 2."""
+    raise typer.BadParameter(message)
+
+
+def hush() -> None:
+    """Nobody reads stdout any more: what is still buffered goes nowhere, without a word."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,138 @@
+"""modelyard images …"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import (
+    Description,
+    ImageRef,
+    Limit,
+    Output,
+    Properties,
+    Tags,
+    Wait,
+    Where,
+    command,
+    connect,
+    group,
+    names,
+    pairs,
+)
+from .show import Column, Format, Steps, document, documents
+
+if TYPE_CHECKING:
+    from ..client import Client, Image
+
+app = group("Build images from models, look into them, delete them.")
+COLUMNS: list[Column] = ["id", "phase", "models", "tags", "created"]
+
+
+def built(yard: Client, image: Image, steps: Steps) -> Image:
+    """The image once it is ready; its log's last lines where the build failed."""
+    import sys
+
+    from ..core.errors import BuildFailed
+
+    try:
+        return image.wait(on_progress=steps)
+    except BuildFailed:
+        steps.done(f"{image.id} failed; its log ends with")
+        for line in image.log().splitlines()[-12:]:
+            print(f"  {line}", file=sys.stderr)
+        raise
+
+
+@command(app, "build", "modelyard images build iris-scorer --model iris:4 --score score.py -r requirements.txt")
+def build(
+    name: Annotated[str, typer.Argument(help="The image's name; the builder gives the version.")],
+    model: Annotated[list[str] | None, typer.Option(
+        "--model", "-m", help="iris:4, iris or iris@champion; repeat for more.",
+        autocompletion=names("models"))] = None,
+    score: Annotated[Path | None, typer.Option(exists=True, help="score.py, or a folder with one.")] = None,
+    requirements: Annotated[Path | None, typer.Option(
+        "--requirements", "-r", exists=True, dir_okay=False, help="A requirements file.")] = None,
+    require: Annotated[list[str] | None, typer.Option(help="One requirement: scikit-learn==1.9.1.")] = None,
+    lock: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A lock to use as it is.")] = None,
+    python: Annotated[str | None, typer.Option(help="For example 3.11.")] = None,
+    platform: Annotated[str | None, typer.Option(help="linux/amd64 or linux/arm64.")] = None,
+    base: Annotated[str | None, typer.Option(help="A base image; none: runs on the local target only.")] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Public environment, baked in.")] = None,
+    tag: Tags = None, property: Properties = None, description: Description = None, wait: Wait = True,
+    output: Output = Format.table,
+) -> None:
+    """Builds the next version of an image."""
+    from ..client.images import read_requirements
+
+    wanted = [*(read_requirements(requirements) or []), *(require or [])]
+    with connect() as yard, Steps() as steps:
+        steps.start(f"building {name}")
+        image = yard.images.build(
+            name, models=model or [], score=score, requirements=wanted or None, lock=lock, python=python,
+            platform=platform, base=base, env=pairs(env, "--env"), tags=pairs(tag, "--tag"),
+            properties=pairs(property, "--property"), description=description, on_progress=steps)
+        if wait:
+            image = built(yard, image, steps)
+        steps.done(f"image {image.id} is {image.phase}")
+    document(image.document, output, "Image")
+
+
+@command(app, "list", "modelyard images list --model iris:4")
+def list_(
+    name: Annotated[str | None, typer.Option(help="Only of this name.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only with this model: iris:4, or iris for all versions.")] = None,
+    tag: Where = None, limit: Limit = None, output: Output = Format.table,
+) -> None:
+    """Images, the newest first."""
+    with connect() as yard:
+        found = yard.images.list(name=name, model=model, tags=tag, limit=limit)
+    documents([i.document for i in found], COLUMNS, output, "Image")
+
+
+@command(app, "show", "modelyard images show iris-scorer")
+def show(image: ImageRef, output: Output = Format.table) -> None:
+    """One version, in full."""
+    with connect() as yard:
+        document(yard.images.get(image).document, output, "Image")
+
+
+@command(app, "wait", "modelyard images wait iris-scorer:7 --timeout 600")
+def wait(
+    image: ImageRef, timeout: Annotated[float, typer.Option(min=0, help="Seconds.")] = 900.0,
+    output: Output = Format.table,
+) -> None:
+    """Waits until the build is over; exit 1 if it failed."""
+    with connect() as yard, Steps() as steps:
+        steps.start(f"waiting for {image}")
+        found = yard.images.get(image).wait(timeout, on_progress=steps)
+    document(found.document, output, "Image")
+
+
+@command(app, "log", "modelyard images log iris-scorer:7 --follow")
+def log(
+    image: ImageRef, follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the build is over.")] = False,
+) -> None:
+    """The build log."""
+    with connect() as yard:
+        for line in yard.images.log(image, follow=follow):
+            print(line, flush=follow)
+
+
+@command(app, "export", "modelyard images export iris-scorer:7 --to context.tar")
+def export(
+    image: ImageRef, to: Annotated[Path | None, typer.Option(dir_okay=False, help="The tar to write.")] = None,
+) -> None:
+    """Writes the build context (all that the image was made from) as a tar; prints where."""
+    with connect() as yard:
+        print(yard.images.export(image, to or Path(f"{image.replace(':', '-')}.tar")))
+
+
+@command(app, "delete", "modelyard images delete iris-scorer:7")
+def delete(image: ImageRef) -> None:
+    """Deletes one version; refused while a deployment needs it."""
+    with connect() as yard:
+        yard.images.delete(image)
+    print(f"{image} is gone")

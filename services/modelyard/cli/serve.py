@@ -1,0 +1,59 @@
+"""modelyard serve, modelyard config."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import Output
+from .show import Format, document
+
+
+class Service(StrEnum):
+    """What can be served alone."""
+
+    registry = "registry"
+    image_builder = "image-builder"
+    deployer = "deployer"
+    telemetry = "telemetry"
+
+
+Host = Annotated[str | None, typer.Option(help="Address to listen on: 127.0.0.1 unless told otherwise.")]
+Port = Annotated[int | None, typer.Option(min=0, max=65535, help="8700, or a single service's own; 0: any free one.")]
+Data = Annotated[Path | None, typer.Option(file_okay=False, help="Where everything is kept: ~/.modelyard.")]
+Config = Annotated[Path | None, typer.Option(dir_okay=False, help="The settings file: ./modelyard.toml if there.")]
+Insecure = Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without a token.")]
+
+
+def serve(
+    services: Annotated[list[Service] | None, typer.Argument(help="Which services; none named: all of them.")] = None,
+    host: Host = None, port: Port = None, data: Data = None, config: Config = None, insecure: Insecure = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Runs the services until Ctrl-C. All of them in one process, or one each."""
+    import asyncio
+
+    from ..node import run
+    from ..settings import load
+
+    settings = load(config, host=host, port=port, data=data, insecure=insecure, log_level=log_level)
+    asyncio.run(run(settings, [s.value for s in services or []], ready=_ready))
+
+
+def _ready(url: str, services: list[str]) -> None:
+    print(f"Modelyard answers at {url} ({', '.join(services)}); Ctrl-C stops it", file=sys.stderr, flush=True)
+
+
+def config(
+    host: Host = None, port: Port = None, data: Data = None, config: Config = None, insecure: Insecure = None,
+    output: Output = Format.table,
+) -> None:
+    """The settings in force: flags, MODELYARD_*, modelyard.toml, defaults; secrets masked."""
+    from ..settings import load
+
+    settings: dict[str, Any] = load(config, host=host, port=port, data=data, insecure=insecure).masked()
+    document(settings, output)
