@@ -1,0 +1,153 @@
+"""Calls and answers: what transports hand to the data plane and get back.
+
+The only place that maps outcomes to statuses. ``status`` is the gRPC status name on every protocol.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.errors import Invalid, ModelyardError, NotFound, TooLarge, Unavailable
+from ..core.tensors import Tensor
+
+
+class QueueFull(Unavailable):
+    """So many calls wait already that this one was not taken in."""
+
+    code = "queue-full"
+
+
+class PastDeadline(ModelyardError):
+    """The deadline passed before an answer was there."""
+
+    code = "past-deadline"
+
+
+class ScoringFailed(ModelyardError):
+    """Scoring code raised; the message is the exception's own."""
+
+    code = "scoring-failed"
+
+
+class Cancelled(ModelyardError):
+    """The caller went away before its answer was there."""
+
+    code = "cancelled"
+
+
+STATUSES: tuple[tuple[type[ModelyardError], str, int], ...] = (
+    (TooLarge, "RESOURCE_EXHAUSTED", 413),
+    (QueueFull, "RESOURCE_EXHAUSTED", 503),
+    (PastDeadline, "DEADLINE_EXCEEDED", 504),
+    (ScoringFailed, "INTERNAL", 500),
+    (Cancelled, "CANCELLED", 499),
+    (Unavailable, "UNAVAILABLE", 503),
+    (NotFound, "NOT_FOUND", 404),
+    (Invalid, "INVALID_ARGUMENT", 400),
+    (ModelyardError, "INTERNAL", 500),
+)
+"""Error → gRPC status name and HTTP status; the first that fits."""
+
+
+def statuses(error: ModelyardError) -> tuple[str, int]:
+    """(gRPC status name, HTTP status) of an error."""
+    return next((name, http) for type_, name, http in STATUSES if isinstance(error, type_))
+
+
+@dataclass(slots=True)
+class Asked:
+    """One request, wire left behind. Either ``tensors`` or ``body`` (a plain JSON body, as it came) is there."""
+
+    model: str = ""
+    version: str = ""
+    id: str = ""
+    tensors: list[Tensor] | None = None
+    body: bytes | None = None
+    outputs: tuple[str, ...] = ()
+    raw: bool = True
+    wire: Any = None
+    """The codec's own: what it needs to finish reading, and to answer in kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Who answered: the name that was asked for, the version, and the model's id (``iris:4``)."""
+
+    name: str
+    version: str
+    model: str
+
+
+class Codec(ABC):
+    """Between wire bytes and ``Asked``, results and wire bytes. One for each protocol; stateless."""
+
+    @abstractmethod
+    def open(self, call: Call) -> Asked:
+        """Reads as much as it takes to know who is asked. Raises Invalid: the call is refused."""
+
+    @abstractmethod
+    def read(self, asked: Asked) -> None:
+        """Decodes the tensors (in the model's thread). Raises Invalid: the call fails."""
+
+    @abstractmethod
+    def write(self, asked: Asked, result: Any, served: Served) -> tuple[bytes, str]:
+        """The answer's wire bytes and their content type; ``result`` as the runner returned it."""
+
+    def write_error(self, call: Call, error: ModelyardError) -> tuple[bytes, str]:
+        """A failure's wire bytes; empty where the protocol carries it in headers."""
+        return b"", ""
+
+
+@dataclass(slots=True)
+class Call:
+    """One call as a transport received it. ``deadline`` is ``time.monotonic()`` seconds; inf: none given."""
+
+    protocol: str  # grpc, rest, score, stream
+    method: str
+    body: bytes
+    body_type: str
+    codec: Codec
+    model: str = ""
+    version: str = ""
+    deadline: float = math.inf
+    request_id: str = ""
+    trace_id: str = ""
+    options: Any = None
+    """What the codec must know beside the body (headers of the binary extension)."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """What the transport sends. ``error`` is None when ``status`` is OK."""
+
+    body: bytes
+    body_type: str
+    status: str
+    request_id: str
+    prediction_id: str
+    model: str = ""
+    error: ModelyardError | None = None
+
+
+class Plane(ABC):
+    """What a transport needs of the data plane: nothing more, so that another transport can be added."""
+
+    deployment: str
+
+    @abstractmethod
+    async def handle(self, calls: Sequence[Call]) -> list[Answer]:
+        """Answers every call, in order, after capture has them. Never raises but when it is cancelled."""
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Models are loaded and the server is not draining."""
+
+    @property
+    @abstractmethod
+    def draining(self) -> bool:
+        """Calls are still answered, but clients should go elsewhere."""

@@ -1,0 +1,131 @@
+"""Codecs: gRPC (unary and stream), REST v2 JSON with the binary tensor extension, and ``/score``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from ..core.errors import Invalid, ModelyardError
+from ..core.inference import (
+    BINARY,
+    JSON,
+    PROTO,
+    Inference,
+    from_message,
+    parse_request,
+    request_from_json,
+    response_message,
+    to_json_parts,
+)
+from . import results
+from .arguments import parse
+from .calls import Asked, Call, Codec, Served, statuses
+
+PROBLEM = "application/problem+json"
+
+
+class GrpcCodec(Codec):
+    """ModelInferRequest → ModelInferResponse; answers raw when the request was raw, typed when it was typed."""
+
+    def open(self, call: Call) -> Asked:
+        message = parse_request(call.body)
+        return Asked(message.model_name, message.model_version, message.id, raw=bool(message.raw_input_contents),
+                     wire=message)
+
+    def read(self, asked: Asked) -> None:
+        found = from_message(asked.wire)
+        if not found.tensors:
+            raise Invalid("inputs is empty; a request needs one tensor or more")
+        asked.tensors, asked.outputs = found.tensors, found.outputs
+
+    def write(self, asked: Asked, result: Any, served: Served) -> tuple[bytes, str]:
+        return self._message(asked, result, served).SerializeToString(), PROTO
+
+    def _message(self, asked: Asked, result: Any, served: Served) -> Any:
+        made = results.tensors(result, asked.outputs)
+        return response_message(Inference(served.name, served.version, asked.id, {}, made, raw=asked.raw))
+
+
+class StreamCodec(GrpcCodec):
+    """One message of a stream; failures travel inside it, so that the stream goes on."""
+
+    def write(self, asked: Asked, result: Any, served: Served) -> tuple[bytes, str]:
+        from ..wire.inference_pb2 import ModelStreamInferResponse
+
+        message = ModelStreamInferResponse(infer_response=self._message(asked, result, served))
+        return message.SerializeToString(), PROTO
+
+    def write_error(self, call: Call, error: ModelyardError) -> tuple[bytes, str]:
+        from ..wire.inference_pb2 import ModelInferResponse, ModelStreamInferResponse
+
+        text = f"{statuses(error)[0]}: {error.message}"
+        try:
+            id_ = parse_request(call.body).id
+        except Invalid:
+            id_ = ""
+        message = ModelStreamInferResponse(error_message=text, infer_response=ModelInferResponse(id=id_))
+        return message.SerializeToString(), PROTO
+
+
+class ProblemCodec(Codec):
+    """What the REST codecs share: failures as problem+json, with ``error`` for clients of the protocol."""
+
+    def write_error(self, call: Call, error: ModelyardError) -> tuple[bytes, str]:
+        return problem(error, call.request_id), PROBLEM
+
+
+class RestCodec(ProblemCodec):
+    """``/v2/models/{m}/infer``. ``call.options`` is the length of the JSON part, or None: all of it."""
+
+    def open(self, call: Call) -> Asked:
+        return Asked(call.model, call.version, wire=call)
+
+    def read(self, asked: Asked) -> None:
+        call: Call = asked.wire
+        size = len(call.body) if call.options is None else call.options
+        if size > len(call.body):
+            raise Invalid(f"Inference-Header-Content-Length {size} is more than the body's {len(call.body)} bytes")
+        document = parse(call.body[:size])
+        found = request_from_json(document, memoryview(call.body)[size:])
+        asked.tensors, asked.outputs, asked.id = found.tensors, found.outputs, found.id
+        asked.wire = _wants_binary(document, found)
+
+    def write(self, asked: Asked, result: Any, served: Served) -> tuple[bytes, str]:
+        made = results.tensors(result, asked.outputs)
+        body, parts = to_json_parts(Inference(served.name, served.version, asked.id, {}, made), asked.wire)
+        head = orjson.dumps(body)
+        return (head + b"".join(parts), f"{BINARY}; header-length={len(head)}") if parts else (head, JSON)
+
+
+def _wants_binary(document: Any, found: Inference) -> tuple[str, ...] | bool:
+    """Which outputs go as binary data: those that ask for it, or all by the request's own parameter."""
+    asked = {}
+    for entry in document.get("outputs", ()):
+        given = entry.get("parameters")
+        asked[entry["name"]] = given.get("binary_data") if isinstance(given, dict) else None
+    if found.parameters.get("binary_data_output") is True:
+        no = tuple(name for name, wish in asked.items() if wish is False)
+        return True if not no else tuple(name for name in asked if name not in no)
+    return tuple(name for name, wish in asked.items() if wish is True) or False
+
+
+class ScoreCodec(ProblemCodec):
+    """``POST /score``: a JSON body in, the result as JSON out, unwrapped."""
+
+    def open(self, call: Call) -> Asked:
+        return Asked(body=call.body)
+
+    def read(self, asked: Asked) -> None:
+        return
+
+    def write(self, asked: Asked, result: Any, served: Served) -> tuple[bytes, str]:
+        return results.dump(result), JSON
+
+
+def problem(error: ModelyardError, request_id: str = "") -> bytes:
+    """An error as a problem document (RFC 9457)."""
+    status, http = statuses(error)
+    return orjson.dumps({"type": "about:blank", "title": status.replace("_", " ").capitalize(), "status": http,
+                         "code": error.code, "detail": error.message, "error": error.message,
+                         "request_id": request_id})

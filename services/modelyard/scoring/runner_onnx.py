@@ -1,0 +1,94 @@
+"""Runs an ONNX graph, under the graph's own input and output names."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import Invalid
+from .calls import Asked, ScoringFailed
+from .image import Model
+from .results import Outputs
+from .runners import CannotStart, Runner, Slot, named_inputs
+
+DATATYPES = {
+    "tensor(bool)": "BOOL", "tensor(uint8)": "UINT8", "tensor(uint16)": "UINT16", "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64", "tensor(int8)": "INT8", "tensor(int16)": "INT16", "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64", "tensor(float16)": "FP16", "tensor(float)": "FP32", "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+
+
+class OnnxRunner(Runner):
+    """One session, two threads at most: predictions are short and replicas are many."""
+
+    platform = "onnx_onnxv1"
+    inline = True
+
+    def __init__(self, model: Model) -> None:
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        try:
+            import onnxruntime as ort
+        except ImportError as exc:
+            raise CannotStart(f"model {model.id} needs the package onnxruntime: add it to the requirements") from exc
+        ort.disable_telemetry_events()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = int(os.environ.get("MODELYARD_THREADS", "1"))
+        options.inter_op_num_threads = 1
+        try:
+            self._session = ort.InferenceSession(str(model.path), options, providers=ort.get_available_providers())
+        except Exception as exc:
+            raise CannotStart(f"model {model.id} is not an ONNX graph that can be run: {exc}") from exc
+        self.inputs = tuple(_slot(i) for i in self._session.get_inputs())
+        self.outputs = tuple(_slot(o) for o in self._session.get_outputs())
+        self._names = tuple(i.name for i in self.inputs)
+        self._dtypes = {i.name: _dtype(i.datatype) for i in self.inputs}
+        self._shapes = {i.name: i.shape for i in self.inputs}
+
+    def run(self, asked: Asked) -> Any:
+        feeds = {name: self._fit(name, array) for name, array in named_inputs(asked, self._names).items()}
+        names = list(asked.outputs) or [o.name for o in self.outputs]
+        unknown = [name for name in names if all(o.name != name for o in self.outputs)]
+        if unknown:
+            raise Invalid(f"there is no output '{unknown[0]}'; there is: {', '.join(o.name for o in self.outputs)}")
+        try:
+            values = self._session.run(names, feeds)
+        except Exception as exc:
+            if type(exc).__name__ == "InvalidArgument":
+                raise Invalid(f"the model refuses the input: {exc}") from exc
+            raise ScoringFailed(f"the model failed: {exc}") from exc
+        return Outputs({name: _array(value) for name, value in zip(names, values, strict=True)})
+
+    def _fit(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The array as the graph wants it. Raises Invalid, naming the tensor, when it does not fit."""
+        wanted, shape = self._dtypes[name], self._shapes[name]
+        if array.ndim != len(shape) or any(w not in (-1, is_) for w, is_ in zip(shape, array.shape, strict=True)):
+            raise Invalid(f"tensor '{name}': shape {list(array.shape)} does not fit {list(shape)} (-1: any)")
+        if wanted.kind == "O":
+            if array.dtype.kind not in "OUS":
+                raise Invalid(f"tensor '{name}': the model takes text, not {array.dtype}")
+            flat = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in array.ravel().tolist()]
+            return np.array(flat, object).reshape(array.shape)
+        if array.dtype != wanted and not np.can_cast(array.dtype, wanted, "same_kind"):
+            raise Invalid(f"tensor '{name}': the model takes {wanted}, not {array.dtype}")
+        return array.astype(wanted, copy=False)
+
+
+def _slot(node: Any) -> Slot:
+    shape = tuple(d if isinstance(d, int) and d > 0 else -1 for d in node.shape)
+    return Slot(node.name, DATATYPES.get(node.type, "BYTES"), shape)
+
+
+def _dtype(datatype: str) -> np.dtype:
+    from ..core.tensors import DTYPES
+
+    return np.dtype(DTYPES[datatype])
+
+
+def _array(value: Any) -> np.ndarray:
+    """A graph's value as an array; a sequence of maps (zipmap) as one row each, in the maps' order."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return np.array([list(row.values()) for row in value])
+    return np.asarray(value)

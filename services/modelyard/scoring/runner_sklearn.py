@@ -1,0 +1,94 @@
+"""Runs a scikit-learn estimator: one input of any name, ``predict`` out, ``predict_proba`` where it is asked for."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import Invalid
+from ..core.tensors import to_wire
+from .calls import Asked, ScoringFailed
+from .image import Model
+from .results import Outputs
+from .runners import CannotStart, Runner, Slot, the_input
+
+METHODS = ("predict", "predict_proba")
+
+
+class SklearnRunner(Runner):
+    """``.skops`` with types that skops trusts; joblib and pickle only when the model says ``trusted``."""
+
+    platform = "sklearn"
+    inline = True
+
+    def __init__(self, model: Model) -> None:
+        # Tensors have one name and columns none: said by scikit-learn at every call otherwise.
+        warnings.filterwarnings("ignore", message="X does not have valid feature names")
+        self._model = _load(model)
+        if not hasattr(self._model, "predict"):
+            raise CannotStart(f"model {model.id} is a {type(self._model).__name__}, which has no predict")
+        self._features: int | None = getattr(self._model, "n_features_in_", None)
+        self._methods = tuple(name for name in METHODS if hasattr(self._model, name))
+        self.inputs = (Slot("input-0", "FP64", (-1, self._features or -1)),)
+        self.outputs = tuple(self._slot(name) for name in self._methods)
+
+    def _slot(self, name: str) -> Slot:
+        classes = getattr(self._model, "classes_", None)
+        if name == "predict_proba":
+            return Slot(name, "FP64", (-1, len(classes) if isinstance(classes, np.ndarray) else -1))
+        return Slot(name, to_wire(name, classes)[1] if isinstance(classes, np.ndarray) else "FP64", (-1,))
+
+    def run(self, asked: Asked) -> Any:
+        rows = self._fit(the_input(asked))
+        names = asked.outputs or ("predict",)
+        unknown = [name for name in names if name not in self._methods]
+        if unknown:
+            raise Invalid(f"there is no output '{unknown[0]}'; there is: {', '.join(self._methods)}")
+        try:
+            return Outputs({name: np.asarray(getattr(self._model, name)(rows)) for name in names})
+        except (ValueError, TypeError) as exc:
+            raise Invalid(f"the model refuses the input: {exc}") from exc
+        except Exception as exc:
+            raise ScoringFailed(f"the model failed: {type(exc).__name__}: {exc}") from exc
+
+    def _fit(self, rows: np.ndarray) -> np.ndarray:
+        if rows.dtype.kind == "O":
+            rows = np.array([v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in rows.ravel()],
+                            object).reshape(rows.shape)
+        if self._features is not None and (rows.ndim != 2 or rows.shape[1] != self._features):
+            raise Invalid(f"the model takes rows of {self._features} numbers, shape [n, {self._features}]; it was "
+                          f"given shape {list(rows.shape)}")
+        return rows
+
+
+def _load(model: Model) -> Any:
+    if model.path.suffix == ".skops":
+        return _load_skops(model)
+    if not model.trusted:
+        raise CannotStart(f"model {model.id}: {model.path.name} is a pickle, and loading one runs code it may hold; "
+                          "register it with trusted: true if it is yours, or save it with skops")
+    try:
+        import joblib
+
+        return joblib.load(model.path)
+    except BaseException as exc:
+        raise CannotStart(f"model {model.id} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+
+
+def _load_skops(model: Model) -> Any:
+    try:
+        import skops.io
+    except ImportError as exc:
+        raise CannotStart(f"model {model.id} needs the package skops: add it to the requirements") from exc
+    try:
+        untrusted = skops.io.get_untrusted_types(file=model.path)
+        if untrusted and not model.trusted:
+            raise CannotStart(f"model {model.id} holds types that are not trusted: {', '.join(untrusted)}; register it "
+                              "with trusted: true if it is yours")
+        return skops.io.load(model.path, trusted=untrusted)
+    except CannotStart:
+        raise
+    except Exception as exc:
+        raise CannotStart(f"model {model.id} cannot be loaded: {type(exc).__name__}: {exc}") from exc

@@ -1,0 +1,154 @@
+"""One replica's life: read the image, listen, load the models, answer, and on SIGTERM leave without losing a call."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from . import collect
+from .admin import Admin
+from .capture import CaptureLog
+from .dataplane import DataPlane
+from .image import Image
+from .runners import CannotStart
+from .settings import Settings
+from .transport import Transport
+from .transport_grpc import CONNECTION_AGE_MS, GrpcTransport
+from .transport_rest import RestTransport
+
+CANNOT_START = 3
+DRAIN_S = CONNECTION_AGE_MS / 1000 * 1.1 + 0.5
+"""By then every connection of before the drain was told to end; their age is jittered by a tenth."""
+QUIET_S = 1.0
+"""Nobody called for so long while draining: nobody is there."""
+LEAVE_S = 20.0
+"""From the signal to the end of what is in flight; capture is flushed after it, within 25 s altogether."""
+
+
+class Replica:
+    """Everything of one process. ``run`` returns the exit status."""
+
+    def __init__(self, settings: Settings, image: Image) -> None:
+        self.settings, self.image = settings, image
+        self.log = _open_log(settings, image)
+        name = settings.deployment or settings.image.partition(":")[0] or "model"
+        self.plane = DataPlane(name, settings.limits, self.log)
+        self.admin = Admin(settings.admin, self.plane, self.drain)
+        self.transports: list[Transport] = [GrpcTransport(settings.grpc, self.plane),
+                                            RestTransport(settings.http, self.plane)]
+        self._stop = asyncio.Event()
+        self._draining_since = 0.0
+
+    async def run(self) -> int:
+        """Until a signal. Raises OSError when an address cannot be had, CannotStart when a model cannot."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        try:
+            await self._start()
+            await self._stop.wait()
+            await self._leave(time.monotonic())
+        finally:
+            self._close()
+        return 0
+
+    async def _start(self) -> None:
+        addresses = {"admin": await self.admin.start()}
+        for transport in self.transports:
+            addresses[transport.name] = await transport.start()
+        say(f"listening: {', '.join(f'{k} {v}' for k, v in addresses.items())}; loading models")
+        began = time.monotonic()
+        load = asyncio.ensure_future(self.plane.load(self.image, self.settings.image_version))
+        stop = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait((load, stop), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not load.done():
+            load.cancel()
+            return
+        load.result()
+        gc.collect()
+        gc.freeze()  # what models are made of lives as long as we do: no need to look through it again and again
+        for transport in self.transports:
+            await transport.loaded()
+        say(f"ready after {time.monotonic() - began:.2f} s: {', '.join(self.plane.table.names)}")
+
+    async def drain(self) -> None:
+        """Not ready any more, but every call is answered; clients are led away. Repeating is fine."""
+        if self._draining_since:
+            return
+        self._draining_since = time.monotonic()
+        self.plane.drain()
+        for transport in self.transports:
+            await transport.drain()
+        say("draining")
+
+    async def _leave(self, asked: float) -> None:
+        await self.drain()
+        while not self._nobody_is_there():  # noqa: ASYNC110 - what is waited for is that nothing happens
+            await asyncio.sleep(0.05)
+        grace = max(LEAVE_S - (time.monotonic() - asked), 0.5)
+        await asyncio.gather(*(transport.stop(grace) for transport in self.transports))
+        await self.admin.close()
+
+    def _nobody_is_there(self) -> bool:
+        now = time.monotonic()
+        quiet = self.plane.metrics.in_flight == 0 and now - self.plane.last_call >= QUIET_S
+        return quiet or now - self._draining_since >= DRAIN_S
+
+    def _close(self) -> None:
+        self.plane.close()
+        collect.bind(None)
+        if self.log is not None:
+            self.log.close()
+
+
+def _open_log(settings: Settings, image: Image) -> CaptureLog | None:
+    if settings.spool is None:
+        return None
+    about = {"workspace": settings.workspace, "deployment": settings.deployment, "image": settings.image,
+             "models": [model.id for model in image.models]}
+    log = CaptureLog.open(settings.spool, settings.replica, about, settings.capture)
+    collect.bind(log)
+    return log
+
+
+def say(line: str) -> None:
+    """One line for the deployment's log."""
+    sys.stderr.write(f"modelyard: {line}\n")
+    sys.stderr.flush()
+
+
+async def _serve(settings: Settings) -> int:
+    image = Image.read(settings.root)
+    image.publish()
+    return await Replica(settings, image).run()
+
+
+def serve(settings: Settings) -> int:
+    """Runs a replica; the exit status: 0 after a signal, 1 when it cannot listen, 3 when a model cannot start."""
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_serve(settings))
+    except CannotStart as exc:
+        if exc.__cause__ is not None and exc.__cause__.__traceback__ is not None:
+            import traceback
+
+            traceback.print_exception(exc.__cause__)
+        say(f"cannot start: {exc}")
+        return CANNOT_START
+    except OSError as exc:
+        say(f"cannot start: {exc}")
+        return 1
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        return uvloop.new_event_loop
+    return None

@@ -1,0 +1,87 @@
+"""Settings of one scoring server process: its arguments and its environment. Standard library only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import Invalid
+
+DEFAULT_CAPTURE = {"enabled": False, "sampling": 1.0, "on_pressure": "drop", "retention_days": 30}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one replica accepts: milliseconds, calls, rows, bytes. As the deployment's ``limits``."""
+
+    timeout_ms: int = 60_000
+    max_queue: int = 512
+    max_batch_rows: int = 64
+    max_message_bytes: int = 67_108_864
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``grpc``, ``http``, ``admin`` are ``host:port`` or ``unix:PATH``; ``replica`` is new at each start."""
+
+    root: Path
+    grpc: str = "0.0.0.0:8081"
+    http: str = "0.0.0.0:8080"
+    admin: str = "127.0.0.1:8082"
+    spool: Path | None = None
+    deployment: str = ""
+    workspace: str = "default"
+    image: str = ""
+    replica: str = "0-00000000"
+    capture: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_CAPTURE))
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def image_version(self) -> str:
+        """``iris-scorer:7`` → ``7``."""
+        return self.image.rpartition(":")[2] if ":" in self.image else ""
+
+    @classmethod
+    def read(cls, argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
+        """From the arguments behind ``serve`` and the environment. Raises Invalid, naming what is wrong."""
+        args = _parser().parse_args(argv)
+        ordinal = env.get("MODELYARD_REPLICA", "0")
+        if not ordinal.isascii() or not ordinal.isdigit():
+            raise Invalid(f"MODELYARD_REPLICA is '{ordinal}'; it must be a whole number")
+        limits = _json(env, "MODELYARD_LIMITS")
+        known = {f.name for f in fields(Limits)}
+        for name, value in limits.items():
+            if name in known and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise Invalid(f"MODELYARD_LIMITS: {name} is {value!r}; it must be a whole number above 0")
+        return cls(
+            root=Path(env.get("MODELYARD_ROOT", "/opt/modelyard")), grpc=args.grpc, http=args.http, admin=args.admin,
+            spool=Path(args.spool) if args.spool else None, deployment=env.get("MODELYARD_DEPLOYMENT", ""),
+            workspace=env.get("MODELYARD_WORKSPACE", "default"), image=env.get("MODELYARD_IMAGE", ""),
+            replica=f"{int(ordinal)}-{secrets.token_hex(4)}",
+            capture={**DEFAULT_CAPTURE, **_json(env, "MODELYARD_CAPTURE")},
+            limits=Limits(**{k: v for k, v in limits.items() if k in known}))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="serve", description="Answer scoring calls. ADDR is host:port or unix:PATH.")
+    parser.add_argument("--grpc", default=Settings.grpc, metavar="ADDR", help="Open Inference Protocol v2 over gRPC")
+    parser.add_argument("--http", default=Settings.http, metavar="ADDR", help="the same over REST, /score, /metrics")
+    parser.add_argument("--admin", default=Settings.admin, metavar="ADDR", help="/livez /readyz /metrics, POST /drain")
+    parser.add_argument("--spool", default="", metavar="DIR", help="where captured calls are kept until shipped")
+    return parser
+
+
+def _json(env: Mapping[str, str], name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(env.get(name) or "{}")
+    except ValueError as exc:
+        raise Invalid(f"{name} is not JSON: {exc}") from exc
+    if not isinstance(found, dict):
+        raise Invalid(f"{name} must be a JSON object")
+    return found
