@@ -21,8 +21,9 @@ from typing import Any
 from .core.layout import COLLECTOR_NAME
 from .scoring.collect import bound
 from .scoring.context import CURRENT
+from .scoring.image import model_path
 
-__all__ = ["RESERVED", "Collector"]
+__all__ = ["RESERVED", "Collector", "model_path"]
 log = logging.getLogger("modelyard.capture")
 RESERVED = ("prediction_id", "sequence", "replica", "time", "deployment", "image", "row")
 """Columns that every collected row has; a collector's own have other names."""
