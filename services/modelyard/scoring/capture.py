@@ -37,8 +37,9 @@ class CaptureLog:
     """The capture of one scoring process. Thread-safe.
 
     ``policy`` is ``core.specs.Capture`` as JSON; ``spool_bytes`` in it, or ``MODELYARD_SPOOL_BYTES``, caps the spool
-    (1 GiB). ``pressed`` is for ``on_pressure`` other than ``drop``: the data plane asks it before it admits a call,
-    and refuses (``reject``) or waits (``block``). What is appended all the same is dropped and counted.
+    (1 GiB). With ``on_pressure`` ``drop``, what does not fit is dropped and counted. With ``reject`` and ``block``
+    the data plane asks ``pressed`` before it admits a call, and refuses or waits; what it admitted is recorded, so
+    the cap may be passed by the calls in flight.
     """
 
     def __init__(self, spool: Path, replica: str, about: Mapping[str, Any], policy: Mapping[str, Any]) -> None:
@@ -83,7 +84,7 @@ class CaptureLog:
     @property
     def pressed(self) -> bool:
         """The spool is full and the policy says that calls must not go on without being recorded."""
-        return self.enabled and self.on_pressure != "drop" and self._full(0)
+        return self.enabled and self.on_pressure != "drop" and self._used() >= self._cap
 
     def append(self, calls: Sequence[Finished]) -> None:
         """Records these calls, or counts why not; with one write, and durable against the death of the process
@@ -160,7 +161,7 @@ class CaptureLog:
             reason = "off"
         elif call.status == OK and not self._chosen(call.prediction_id):
             reason = "sampled"
-        elif self._full(len(call.request) + len(call.response)):
+        elif self.on_pressure == "drop" and self._used() + len(call.request) + len(call.response) > self._cap:
             reason = "dropped"
         else:
             return False
@@ -171,8 +172,9 @@ class CaptureLog:
         """Sampling by lot, the lot being the prediction id: the same call is always chosen or never."""
         return crc32(prediction_id.encode("utf-8", "replace")) < self._chosen_below
 
-    def _full(self, more: int) -> bool:
-        return self._spooled + (self._live.size if self._live else 0) + more > self._cap
+    def _used(self) -> int:
+        """Bytes in the spool: as last looked, and what this process wrote since."""
+        return self._spooled + (self._live.size if self._live else 0)
 
     def _lost(self, calls: Sequence[Finished]) -> None:
         for call in calls:
@@ -181,7 +183,7 @@ class CaptureLog:
     def _collect(self, collector: str, prediction_id: str, columns: Sequence[str] | None,
                  rows: Sequence[Sequence[Any]]) -> None:
         live = self._live or self._reopen()
-        if live is None or self._full(0):
+        if live is None or self._used() > self._cap:
             return self._tally.lose_rows(len(rows))
         body = {"columns": list(columns) if columns is not None else None, "rows": rows}
         frame = pack_json(live.mark, COLLECT, body, pack_words((prediction_id, collector)), self._collected + 1,
