@@ -1,0 +1,162 @@
+"""From a URL to an opened adapter: the whole plugin system.
+
+``sqlite:///var/yard.db?sync=full`` → scheme → module, imported only when asked for → adapter. The path of a URL is
+absolute; tuning lies in the query, and a word there that the adapter does not know is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+
+from ..core.errors import Invalid
+from ..ports.blobs import BlobStore, CaptureGrants
+from ..ports.bus import EventBus
+from ..ports.images import ImageStore
+from ..ports.store import DocumentStore
+from ..ports.targets import DeploymentTarget
+
+MAX_URL = 4096
+SECRET = re.compile(r"pass|secret|token|key|sig|cred", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Where the class behind a scheme lies, what ``pip`` must install for it, and the query words it knows."""
+
+    module: str
+    name: str
+    extra: str | None = None
+    options: Mapping[str, type] | None = None
+
+
+SQLITE = {"sync": str, "busy_s": float}
+STORES = {"sqlite": Adapter("store_sqlite", "SqliteStore", options=SQLITE)}
+BUSES = {"sqlite": Adapter("bus_sqlite", "SqliteBus", options={**SQLITE, "retention_days": float})}
+BLOBS = {"file": Adapter("blobs_dir", "DirBlobs")}
+GRANTS = {"file": Adapter("blobs_dir", "DirGrants")}
+IMAGES = {"oci-layout": Adapter("images_layout", "LayoutImages")}
+TARGETS = {"process": Adapter("targets_process", "ProcessTarget")}
+
+
+async def open_store(url: str, service: str) -> DocumentStore:
+    """The documents of ``service``: ``sqlite:///PATH[?sync=full&busy_s=10]``."""
+    class_, where = _adapter("store", url, STORES)
+    store: DocumentStore = await class_.open(where.path, service, **where.options)
+    return store
+
+
+async def open_bus(url: str) -> EventBus:
+    """``sqlite:///PATH[?sync=full&retention_days=14]``; the file may be the store's."""
+    class_, where = _adapter("bus", url, BUSES)
+    bus: EventBus = await class_.open(where.path, **where.options)
+    return bus
+
+
+async def open_blobs(url: str) -> BlobStore:
+    """``file:///FOLDER``."""
+    return await _folder("blobs", url, BLOBS)  # type: ignore[no-any-return]
+
+
+async def open_grants(blobs_url: str) -> CaptureGrants:
+    """What lends capture destinations inside the blob store at ``blobs_url``."""
+    return await _folder("blobs", blobs_url, GRANTS)  # type: ignore[no-any-return]
+
+
+async def open_images(url: str) -> ImageStore:
+    """``oci-layout:///FOLDER``."""
+    return await _folder("images", url, IMAGES)  # type: ignore[no-any-return]
+
+
+async def open_target(name: str, url: str, *, images: ImageStore, data: Path) -> DeploymentTarget:
+    """The deployment target ``name``: ``process://``."""
+    class_, _ = _adapter(f"targets.{name}", url, TARGETS)
+    target: DeploymentTarget = await asyncio.to_thread(class_, name, images, data)
+    return target
+
+
+async def _folder(setting: str, url: str, table: Mapping[str, Adapter]) -> Any:
+    class_, where = _adapter(setting, url, table)
+    return await asyncio.to_thread(class_, where.path)
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a URL says, checked."""
+
+    path: Path
+    options: dict[str, Any]
+
+
+def _adapter(setting: str, url: str, table: Mapping[str, Adapter]) -> tuple[Any, Where]:
+    """The class for a URL and what the URL says. Raises Invalid, naming the setting and never a credential."""
+    shown = mask(url)
+    if len(url) > MAX_URL or any(ord(c) < 32 or ord(c) == 127 for c in url):
+        raise Invalid(f"{setting}: a URL has at most {MAX_URL} characters and no control characters", field=setting)
+    try:
+        parts = urlsplit(url)
+        pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query), max_num_fields=32)
+    except ValueError as exc:
+        raise Invalid(f"{setting}={shown} is not a URL", field=setting) from exc
+    adapter = table.get(parts.scheme)
+    if adapter is None:
+        known = ", ".join(f"{scheme}://" for scheme in sorted(table))
+        raise Invalid(f"{setting}={shown}: unknown scheme '{parts.scheme}'; known here: {known}", field=setting)
+    if parts.netloc not in ("", "localhost"):
+        raise Invalid(f"{setting}={shown}: a path on this machine is needed, with three slashes: "
+                      f"{parts.scheme}:///absolute/path", field=setting)
+    if table is not TARGETS and parts.path in ("", "/"):
+        raise Invalid(f"{setting}={shown} names no path; write {parts.scheme}:///absolute/path", field=setting)
+    options = _options(f"{setting}={shown}", pairs, adapter.options or {})
+    return _load(setting, adapter), Where(Path("/" + unquote(parts.path).lstrip("/")), options)
+
+
+def _options(about: str, pairs: list[tuple[str, str]], known: Mapping[str, type]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for name, text in pairs:
+        if name not in known:
+            raise Invalid(f"{about}: unknown option '{name[:40]}'; known: {', '.join(sorted(known)) or 'none'}")
+        if name in options:
+            raise Invalid(f"{about}: option '{name}' is given twice")
+        try:
+            options[name] = known[name](text)
+        except ValueError as exc:
+            raise Invalid(f"{about}: option '{name}' must be a number") from exc
+        if isinstance(options[name], float) and not 0 < options[name] < 1e6:
+            raise Invalid(f"{about}: option '{name}' must be above 0 and below 1,000,000")
+    return options
+
+
+def _load(setting: str, adapter: Adapter) -> Any:
+    try:
+        module = importlib.import_module(f".{adapter.module}", __package__)
+    except ImportError as exc:
+        if adapter.extra is None:
+            raise
+        raise Invalid(f"{setting} needs a package that is not installed ({exc.name}); run "
+                      f"pip install 'modelyard[{adapter.extra}]'", field=setting) from exc
+    return getattr(module, adapter.name)
+
+
+def mask(url: str) -> str:
+    """The URL without user name, password, and query values that look like credentials: fit for errors and logs."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "***"
+    place = parts.netloc.rpartition("@")
+    query = "&".join(
+        f"{name}=***" if SECRET.search(name) else item
+        for item in parts.query.split("&") if item
+        for name in [item.partition("=")[0]]
+    )
+    text = urlunsplit((parts.scheme, f"***@{place[2]}" if place[1] else parts.netloc, parts.path, query, ""))
+    if parts.scheme and not parts.netloc and f"{parts.scheme}://" in url and "://" not in text:
+        text = text.replace(f"{parts.scheme}:", f"{parts.scheme}://", 1)
+    return text if len(text) <= 200 else text[:200] + "…"
