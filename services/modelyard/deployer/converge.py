@@ -1,0 +1,131 @@
+"""The loop: looks at what runs, brings it to what is wanted, writes down what it saw, and comes back for ever."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from ..core.errors import Invalid, ModelyardError, Unavailable
+from ..core.events import Fact
+from ..kernel.service import Change, Context, Loop
+from ..ports.targets import DeploymentTarget, Observed, Workload
+from .images import keep_holds, let_go, look_up
+from .model import Deployment, Found, Step, Sweep, waiting_for
+from .outcome import TROUBLE_S, Seen, settled
+
+log = logging.getLogger(__name__)
+GRANT_S = 3600
+AGAIN_S = 30
+SWEEP_S = 30.0
+
+
+async def step(ctx: Context, doc: Deployment) -> Change[Deployment]:
+    """One look at one deployment."""
+    target = ctx.targets.get(doc.target)
+    if target is None:
+        why = f"the target '{doc.target}' is not in this deployer's settings"
+        return lambda newest: waiting_for(newest, ctx.now(), why, TROUBLE_S)
+    if doc.phase == "deleting":
+        return await leave(ctx, doc, target)
+    holds, trouble = await keep_holds(ctx, doc)
+    image = None if doc.image_digest else await _image(ctx, doc)
+    observed = await target.observe(doc.workspace, doc.id)
+    until = None
+    digest = doc.image_digest or (image.digest if image else None)
+    if digest and not trouble and needs_apply(doc, observed, ctx.now()):
+        try:
+            observed, until = await _apply(ctx, doc, digest, target)
+        except Invalid as exc:
+            trouble = exc.message
+    seen = Seen(doc.generation, observed, image, trouble, holds, until)
+    return lambda newest: settled(newest, seen, ctx.now())
+
+
+def needs_apply(doc: Deployment, observed: Observed, now: datetime) -> bool:
+    """Whether the target must be told: it runs nothing or another generation, or the capture grant grows old."""
+    if observed.state == "absent" or observed.generation != doc.generation:
+        return True
+    return doc.grant_until is None or doc.grant_until - now < timedelta(seconds=GRANT_S / 2)
+
+
+async def _image(ctx: Context, doc: Deployment) -> Found | None:
+    """The wanted image as it is now; one that is gone reads as failed. None when the builder does not answer."""
+    try:
+        found = await look_up(ctx, doc.image, doc.workspace)
+    except Unavailable:
+        return None
+    if found is None:
+        return Found(id=doc.image, name=doc.image_name, phase="failed", reason="it was deleted")
+    return found if found.phase == "ready" else found.model_copy(update={"digest": None})
+
+
+async def _apply(ctx: Context, doc: Deployment, digest: str, target: DeploymentTarget) -> tuple[Observed, datetime]:
+    """Tells the target what to run, with a fresh grant. Scoring never waits for the blob store: without a grant
+    captured calls stay in the spool, and the next look but a few tries again."""
+    now = ctx.now()
+    try:
+        grant = await ctx.grants.lend(doc.workspace, doc.id, GRANT_S)
+        until = now + timedelta(seconds=GRANT_S)
+    except Unavailable as exc:
+        log.warning("no capture grant for '%s': %s", doc.id, exc)
+        grant, until = "", now + timedelta(seconds=GRANT_S / 2 + AGAIN_S)
+    return await target.apply(workload(doc, digest, grant)), until
+
+
+def workload(doc: Deployment, digest: str, grant: str) -> Workload:
+    """What the target is told."""
+    repo = doc.image_name if doc.workspace == "default" else f"{doc.workspace}/{doc.image_name}"
+    return Workload(
+        workspace=doc.workspace, name=doc.id, generation=doc.generation, image=doc.image, repo=repo, digest=digest,
+        replicas=doc.replicas, models=tuple(doc.models), ports=doc.ports, capture=doc.capture.model_dump(mode="json"),
+        limits=doc.limits.model_dump(mode="json"), resources=doc.resources.model_dump(mode="json"), env=doc.env,
+        secrets={k: v.model_dump(mode="json", exclude_none=True) for k, v in doc.secrets.items()}, grant=grant,
+        progress_deadline_s=doc.progress_deadline_s)
+
+
+async def leave(ctx: Context, doc: Deployment, target: DeploymentTarget) -> Change[Deployment]:
+    """Everything of it goes, captured calls to the blob store first; only then it is a tombstone."""
+    try:
+        await _last_grant(ctx, doc, target)
+        await target.remove(doc.workspace, doc.id)
+        await ctx.grants.revoke(doc.workspace, doc.id)
+        for image in doc.holds:
+            await let_go(ctx, doc, image)
+    except Unavailable as exc:
+        why = exc.message
+        return lambda newest: waiting_for(newest, ctx.now(), why, TROUBLE_S)
+    return lambda newest: _gone(newest, ctx.now())
+
+
+def _gone(doc: Deployment, now: datetime) -> Step:
+    facts: Sequence[Fact] = (Fact("deployment.deleted"),)
+    return doc.evolve(deleted=True, due=None, updated=now, holds={}, replicas_ready=0, serving=0), facts
+
+
+async def _last_grant(ctx: Context, doc: Deployment, target: DeploymentTarget) -> None:
+    """What is still in the spool needs a grant that holds."""
+    if doc.grant_until is None or not doc.image_digest or doc.grant_until - ctx.now() > timedelta(seconds=GRANT_S / 4):
+        return
+    observed = await target.observe(doc.workspace, doc.id)
+    if observed.state == "present":
+        await _apply(ctx, doc, doc.image_digest, target)
+
+
+async def sweep(ctx: Context, doc: Sweep) -> Change[Sweep]:
+    """Ends what runs on our targets and belongs to no deployment. Documents are written before anything is started,
+    so whatever has none is left over from a crash."""
+    for name, target in ctx.targets.items():
+        try:
+            for workspace, id_ in await target.list():
+                known = await ctx.store.get(Deployment, id_, workspace=workspace)
+                if known is None or known.target != name:
+                    log.warning("'%s' runs on %s and belongs to no deployment: it is removed", id_, name)
+                    await target.remove(workspace, id_)
+        except ModelyardError as exc:
+            log.warning("left-over deployments on %s cannot be removed: %s", name, exc)
+    return lambda newest: (newest.evolve(due=ctx.now() + timedelta(seconds=SWEEP_S)), ())
+
+
+CONVERGE = Loop("converge", of=Deployment, step=step, parallel=16, max_backoff_s=10.0)
+SWEEP = Loop("sweep", of=Sweep, step=sweep, parallel=1, every_s=5.0)
