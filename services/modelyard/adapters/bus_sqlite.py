@@ -2,7 +2,7 @@
 
 Records lie in ``bus_log`` in the order of their commits. A topic has ``PARTITIONS`` partitions by key; the members of a
 group lease them (``bus_sqlite_group``). Who waits is woken at once by a publisher of the same process, and by others
-within ``sqlite_file.POLL_S``.
+as soon as the kernel tells of their write (or within ``sqlite_file.POLL_S``).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class SqliteBus(EventBus):
             raise Invalid("limit must be at least 1", field="limit")
         place = await self._place(after)
         end = time.monotonic() + wait
-        with self.alarm() as alarm:
+        with self.alarm() if wait > 0 else contextlib.nullcontext(asyncio.Event()) as alarm:
             while True:
                 alarm.clear()
                 rows, place = await self._file.read(partial(_behind, topics=topics, after=place, limit=limit))

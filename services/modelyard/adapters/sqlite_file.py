@@ -23,11 +23,12 @@ from typing import Any, TypeVar
 
 from ..core.errors import Invalid, Unavailable
 from .sqlite_errors import WHAT_TO_DO, busy_text, is_busy, translated
+from .sqlite_watch import Watch
 
 T = TypeVar("T")
 APPLICATION_ID = 0x4D596172  # "MYar": what `file` and other programs see
-POLL_S = 0.012
-"""How often a listener looks whether another connection has written."""
+POLL_S, WATCHED_POLL_S = 0.012, 0.25
+"""How often a listener looks whether another connection has written: where the kernel cannot tell, and where it can."""
 GROUP = 64
 _turns: dict[str, threading.Lock] = {}
 
@@ -60,6 +61,8 @@ class SqliteFile:
         self._thread = threading.Thread(target=self._work, name=f"sqlite {schema.part}", daemon=True)
         self._closed = False
         self._listener: Callable[[], None] | None = None
+        self._watch: Watch | None = None
+        self._poll_s = POLL_S
         self._inode = 0
 
     @classmethod
@@ -84,8 +87,12 @@ class SqliteFile:
         return await self._submit(fn, write=True)
 
     def listen(self, listener: Callable[[], None] | None) -> None:
-        """From now on ``listener`` is called in the event loop soon after another connection has written."""
+        """From now on ``listener`` is called in the event loop soon after another connection has written; None ends
+        it. It may be called when nothing was written."""
         self._listener = listener
+        if listener is not None and self._watch is None:
+            self._watch = Watch(lambda: self._listener and self._listener())
+            self._poll_s = WATCHED_POLL_S if self._watch.start(self.path) else POLL_S
         self._jobs.put(_Job(lambda db: None, False, self._loop.create_future()))
 
     async def check(self) -> None:
@@ -104,6 +111,8 @@ class SqliteFile:
         if not self._closed:
             self._closed = True
             self._jobs.put(None)
+            if self._watch is not None:
+                self._watch.stop()
         while self._thread.is_alive():  # noqa: ASYNC110 - a thread ends by itself, nothing tells of it
             await asyncio.sleep(0.001)
 
@@ -134,7 +143,7 @@ class SqliteFile:
         while True:
             jobs: list[_Job] = []
             with contextlib.suppress(queue.Empty):
-                first = held.pop() if held else self._jobs.get(timeout=POLL_S if self._listener else None)
+                first = held.pop() if held else self._jobs.get(timeout=self._poll_s if self._listener else None)
                 if first is None:
                     return
                 jobs.append(first)
@@ -147,7 +156,7 @@ class SqliteFile:
             if jobs:
                 self._run(db, jobs)
                 self._post(_settle_all, jobs)
-            if self._listener and (now := time.monotonic()) - looked >= POLL_S:
+            if self._listener and (now := time.monotonic()) - looked >= self._poll_s:
                 looked = now
                 if (version := _data_version(db)) != seen:
                     seen = version
