@@ -1,0 +1,137 @@
+"""Routes of the image builder.
+
+Where a problem is told depends on whose it is. A request that cannot be meant is refused at once (422, every problem
+in ``errors``): a model or an artifact that is not there, a requirement that is not one, a Python or a platform that
+nothing could run, a model that no flavour serves and no scoring file comes with. Whatever needs a look into the
+caller's files or an answer from the package index is found by the build: a ``score.py`` that does not parse or has no
+``run``, a lock that is not one, a requirement that nobody offers. That image exists; it ends as ``failed`` with the
+reason (file and line where known), and its log tells the rest.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+from ..core.documents import Ref
+from ..core.specs import ImageSpec, Spec, TextMap
+from ..kernel.service import Context
+from ..kernel.web import Call, Route, reply, web
+from . import context as contexts
+from . import images
+from .log import read_log
+from .model import OVER, Image
+
+
+class ImagePatch(Spec):
+    """What of an image can change: the rest is what it was built from."""
+
+    tags: TextMap
+    properties: TextMap
+    description: str = Field(default="", max_length=8192)
+    auto_delete: bool = False
+
+
+class ImageView(ImageSpec):
+    """An image as GET answers it."""
+
+    id: str
+    version: int
+    generation: int
+    phase: str
+    reason: str | None = None
+    digest: str | None = None
+    size: int | None = None
+    lock_digest: str | None = None
+
+
+class Page(BaseModel):
+    """A page of images."""
+
+    items: list[ImageView]
+    next: str | None = None
+
+
+async def create(ctx: Context, call: Call) -> web.StreamResponse:
+    spec = await call.body(ImageSpec)
+    doc = await images.create(ctx, spec, call.workspace, call.idempotency_key)
+    return reply(doc, 202, {"Location": f"/v1/images/{doc.id}"})
+
+
+async def index(ctx: Context, call: Call) -> web.StreamResponse:
+    where = images.where(call.all("name"), call.all("model"), call.all("tag"), call.all("phase"))
+    return await call.page(ctx, Image, where)
+
+
+async def show(ctx: Context, call: Call) -> web.StreamResponse:
+    doc = await images.find(ctx, call.params["ref"], call.workspace)
+    if call.wait_s and doc.phase not in OVER:
+        before = doc.phase
+        doc = await call.wait_for(ctx, Image, doc.id, lambda d: d.phase != before)
+    return reply(doc, headers=_located(call, doc))
+
+
+def _located(call: Call, doc: Image) -> dict[str, str]:
+    bare = Ref.parse(call.params["ref"]).version is None
+    return {"Content-Location": f"/v1/images/{doc.id}"} if bare else {}
+
+
+async def patch(ctx: Context, call: Call) -> web.StreamResponse:
+    doc = await images.find(ctx, call.params["ref"], call.workspace)
+    given = await call.merged(ImagePatch, doc.view())
+    doc = await images.change(ctx, doc, given, call.check_match)
+    return reply(doc, headers=_located(call, doc))
+
+
+async def delete(ctx: Context, call: Call) -> web.StreamResponse:
+    doc = await images.delete(ctx, call.params["ref"], call.workspace, call.check_match)
+    return reply(None) if doc is None else reply(doc, 202)
+
+
+async def log(ctx: Context, call: Call) -> web.StreamResponse:
+    doc = await images.find(ctx, call.params["ref"], call.workspace)
+    follow = call.query.get("follow", "false").lower() in ("true", "1", "yes")
+
+    async def fresh() -> Image | None:
+        return await ctx.store.get(Image, doc.id, workspace=doc.workspace)
+
+    return await call.stream(read_log(ctx, doc, follow=follow, fresh=fresh), "text/plain", follow=follow)
+
+
+async def context(ctx: Context, call: Call) -> web.StreamResponse:
+    doc = await images.find(ctx, call.params["ref"], call.workspace)
+    name = f'attachment; filename="{doc.name}-{doc.version}-context.tar"'
+    return await call.stream(contexts.context(ctx, doc), "application/x-tar", {"Content-Disposition": name})
+
+
+async def sbom(ctx: Context, call: Call) -> web.StreamResponse:
+    doc = await images.find(ctx, call.params["ref"], call.workspace)
+    return await call.stream(contexts.bill(ctx, doc), "application/vnd.cyclonedx+json")
+
+
+async def hold(ctx: Context, call: Call) -> web.StreamResponse:
+    given = call.params
+    return reply(await images.hold(ctx, given["ref"], given["kind"], given["holder"], call.workspace))
+
+
+async def release(ctx: Context, call: Call) -> web.StreamResponse:
+    given = call.params
+    return reply(await images.release(ctx, given["ref"], given["kind"], given["holder"], call.workspace) or {})
+
+
+ONE = "/v1/images/{ref}"
+HOLD = "/internal/v1/images/{ref}/holds/{kind}/{holder}"
+WAIT = {"wait": "Seconds to wait for the next phase, at most 60."}
+ROUTES = (
+    Route("POST", "/v1/images", create, "Ask for an image; it is built behind the answer", body=ImageSpec,
+          answer=ImageView, status=202),
+    Route("GET", "/v1/images", index, "List images", answer=Page),
+    Route("GET", ONE, show, "Show an image: name:version, or name for the highest ready version", answer=ImageView,
+          query=WAIT),
+    Route("PATCH", ONE, patch, "Change tags and description, add properties", body=ImagePatch, answer=ImageView),
+    Route("DELETE", ONE, delete, "Delete an image that no deployment needs", answer=ImageView, status=202),
+    Route("GET", ONE + "/log", log, "The build log", query={"follow": "true: go on until the build is over."}),
+    Route("GET", ONE + "/context", context, "The build context as a tar"),
+    Route("GET", ONE + "/sbom", sbom, "The bill of materials (CycloneDX 1.6 JSON)"),
+    Route("PUT", HOLD, hold, "A service needs this image", answer=ImageView),
+    Route("DELETE", HOLD, release, "A service needs this image no longer"),
+)

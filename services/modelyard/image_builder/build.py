@@ -1,0 +1,103 @@
+"""The build loop: an image that is asked for is built, one that is deleted is taken apart."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import BuildFailed, Unavailable
+from ..core.layout import image_prefix
+from ..kernel.service import Change, Context, Loop
+from . import sources
+from .assemble import Build, Result
+from .log import BuildLog, log_file
+from .model import Image, building, built, failed, removed
+
+LOOK_S = 0.5
+
+
+async def step(ctx: Context, doc: Image) -> Change[Image]:
+    """What to do about an image that is due."""
+    if doc.deleting:
+        await take_apart(ctx, doc)
+        return lambda newest: removed(newest, ctx.now())
+    if doc.phase not in ("queued", "building"):
+        return lambda newest: None
+    return await _unless_deleted(ctx, doc, build(ctx, doc))
+
+
+async def build(ctx: Context, doc: Image) -> Change[Image]:
+    """Builds; a failure of the owner's making is an outcome, any other is raised and tried again."""
+    log, began = BuildLog(log_file(ctx, doc)), time.monotonic()
+    folder = await asyncio.to_thread(_folder, ctx, doc)
+    try:
+        await sources.hold(ctx, doc)
+        doc = await ctx.change(Image, doc.id, lambda d: building(d, ctx.now()), workspace=doc.workspace)
+        result = await Build(ctx, doc, log, folder).run()
+    except BuildFailed as exc:
+        return await _over(ctx, doc, log, exc.message)
+    except Unavailable as exc:
+        await log.line(f"interrupted: {exc.message}; trying again soon")
+        raise
+    finally:
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+    log.note(f"built {result.digest}, {result.size / 1e6:.1f} MB, in {time.monotonic() - began:.2f} s")
+    return await _over(ctx, doc, log, result)
+
+
+async def _over(ctx: Context, doc: Image, log: BuildLog, outcome: Result | str) -> Change[Image]:
+    if isinstance(outcome, str):
+        log.note(f"failed: {outcome}")
+    await log.keep(ctx, doc)
+    now = ctx.now()
+    if isinstance(outcome, str):
+        return lambda newest: failed(newest, now, outcome)
+    return lambda newest: built(newest, now, digest=outcome.digest, size=outcome.size, lock_digest=outcome.lock_digest)
+
+
+async def _unless_deleted(ctx: Context, doc: Image, work: Coroutine[Any, Any, Change[Image]]) -> Change[Image]:
+    """Runs a build, and stops it as soon as the image is deleted, by whichever process."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=LOOK_S))[0]:
+            newest = await ctx.store.get(Image, doc.id, workspace=doc.workspace)
+            if newest is None or newest.deleting:
+                return lambda gone: None  # the deletion moved `due`: the loop comes again
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def take_apart(ctx: Context, doc: Image) -> None:
+    """Lets go of the models, then removes what was built. Repeating is fine."""
+    await sources.let_go(ctx, doc)
+    await ctx.images.remove(doc.repo, doc.tag)
+    async for blob in ctx.blobs.list(image_prefix(doc.workspace, doc.id)):
+        await ctx.blobs.delete(blob.key)
+    await BuildLog(log_file(ctx, doc)).forget()
+    await asyncio.to_thread(_swept, ctx, doc)
+
+
+def _folder(ctx: Context, doc: Image) -> Path:
+    """A new folder for temporary files."""
+    prefix = _swept(ctx, doc)
+    return Path(tempfile.mkdtemp(prefix=prefix.name, dir=prefix.parent))
+
+
+def _swept(ctx: Context, doc: Image) -> Path:
+    """Where temporary folders of this image begin; those of builds that died are gone."""
+    root, prefix = ctx.data / "image-builder" / "tmp", f"{doc.workspace}.{doc.name}.{doc.version}."
+    root.mkdir(parents=True, exist_ok=True)
+    for old in root.iterdir():
+        if old.name.startswith(prefix):
+            shutil.rmtree(old, ignore_errors=True)
+    return root / prefix
+
+
+BUILD = Loop("build", Image, step, parallel=4, lease_s=15.0)

@@ -1,0 +1,62 @@
+"""What an image says of itself: ``image.json`` inside, the OCI config and the manifest outside.
+
+Nothing here depends on the image's name, version, time or place: equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .model import ModelInput
+from .tarring import Layer
+
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+CONFIG = "application/vnd.oci.image.config.v1+json"
+EPOCH = "1970-01-01T00:00:00Z"
+USER = "10001"
+ENTRYPOINT = ("python3", "-I", "-S", "/opt/modelyard/launch.py")
+ENV = {"ORT_DISABLE_TELEMETRY": "1"}
+
+
+def encode(value: Any) -> bytes:
+    """JSON with sorted keys and no blanks."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest_of(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def about(python: str, score: bool, models: Sequence[tuple[ModelInput, str, str]]) -> bytes:
+    """``image.json``: models as (input, path below ``/opt/modelyard``, framework)."""
+    return encode({
+        "format": 1, "python": python, "score": "score/score.py" if score else None,
+        "models": [{
+            "name": m.name, "version": m.version, "framework": framework, "framework_version": m.framework_version,
+            "path": path, "trusted": m.trusted, "properties": m.properties,
+        } for m, path, framework in models],
+    })
+
+
+def oci_config(platform: str, env: Mapping[str, str], layers: Sequence[Layer]) -> bytes:
+    """The image config: runs as nobody in particular, starts the scoring server."""
+    system, _, machine = platform.partition("/")
+    return encode({
+        "architecture": machine, "os": system, "created": EPOCH,
+        "config": {"User": USER, "Env": sorted(f"{k}={v}" for k, v in {**ENV, **env}.items()),
+                   "Entrypoint": list(ENTRYPOINT), "Cmd": ["serve"], "WorkingDir": "/opt/modelyard"},
+        "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
+        "history": [{"created": EPOCH, "created_by": f"modelyard {layer.title}"} for layer in layers],
+    })
+
+
+def manifest(config: bytes, layers: Sequence[Layer]) -> bytes:
+    """The OCI manifest of a config and its layers."""
+    return encode({
+        "schemaVersion": 2, "mediaType": MANIFEST,
+        "config": {"mediaType": CONFIG, "digest": digest_of(config), "size": len(config)},
+        "layers": [layer.descriptor for layer in layers],
+    })

@@ -1,0 +1,183 @@
+"""Documents of the image builder, and the pure steps from one state to the next.
+
+    queued ──> building ──> ready
+       └──────────┴──────> failed
+    DELETE marks an image as ``deleting`` (a build that runs becomes ``cancelled``); the loop lets go of its
+    models, takes the image out of the store, and only then makes the document a tombstone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..core.documents import Document
+from ..core.events import Fact
+from ..core.specs import Condition, ImageSpec
+
+Phase = Literal["queued", "building", "ready", "failed", "cancelled"]
+OVER: frozenset[str] = frozenset({"ready", "failed", "cancelled"})
+Step = tuple["Image", Sequence[Fact]]
+
+
+class ModelInput(BaseModel):
+    """A model as it was when the image was asked for: what of it decides the image's bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    version: int
+    artifact: str
+    unpack: bool = False
+    filename: str | None = None
+    framework: str | None = None
+    framework_version: str | None = None
+    trusted: bool = False
+    properties: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}:{self.version}"
+
+    @property
+    def folder(self) -> str:
+        """Its place below ``/opt/modelyard``: ``models/iris/4``."""
+        return f"models/{self.name}/{self.version}"
+
+
+class Image(Document):
+    """An image and its build. ``models`` are exact versions; ``inputs`` is what was known of them at the request,
+    so that a build repeated after a crash gives the same bytes. ``holds`` are ``kind/id`` of what needs it."""
+
+    kind: ClassVar[str] = "image"
+    indexed: ClassVar[frozenset[str]] = frozenset(
+        {"name", "version", "phase", "models", "model_names", "tags", "properties"})
+    hidden: ClassVar[frozenset[str]] = frozenset({"model_names", "inputs", "holds", "deleting"})
+
+    name: str
+    version: int
+    models: list[str] = Field(default_factory=list)
+    score: str | None = None
+    requirements: list[str] = Field(default_factory=list)
+    lock: str | None = None
+    python: str
+    platform: str
+    base: str | None = None
+    env: dict[str, str] = Field(default_factory=dict)
+    tags: dict[str, str] = Field(default_factory=dict)
+    properties: dict[str, str] = Field(default_factory=dict)
+    description: str = ""
+    auto_delete: bool = False
+
+    phase: Phase = "queued"
+    reason: str | None = None
+    digest: str | None = None
+    size: int | None = None
+    lock_digest: str | None = None
+    observed_generation: int = 0
+    conditions: list[Condition] = Field(default_factory=list)
+
+    model_names: list[str] = Field(default_factory=list)
+    inputs: list[ModelInput] = Field(default_factory=list)
+    holds: list[str] = Field(default_factory=list)
+    deleting: bool = False
+
+    @property
+    def repo(self) -> str:
+        """Its repository in the image store: its name; other workspaces' lie below their own."""
+        return self.name if self.workspace == "default" else f"{self.workspace}/{self.name}"
+
+    @property
+    def tag(self) -> str:
+        return str(self.version)
+
+
+def requested(spec: ImageSpec, inputs: Sequence[ModelInput], *, workspace: str, version: int, python: str,
+              platform: str, now: datetime, made_by: str | None) -> Image:
+    """A new image, due for the build loop at once."""
+    fields: dict[str, Any] = spec.model_dump(exclude={"models", "python", "platform"})
+    return Image(
+        **fields, id=f"{spec.name}:{version}", workspace=workspace, version=version, python=python, platform=platform,
+        models=[m.id for m in inputs], model_names=[m.name for m in inputs], inputs=list(inputs),
+        created=now, updated=now, due=now, made_by=made_by,
+        conditions=[_condition("Built", "Unknown", "Queued", "waiting for a builder", now)])
+
+
+def _condition(type_: str, status: Any, reason: str, message: str, now: datetime) -> Condition:
+    return Condition(type=type_, status=status, reason=reason, message=message, time=now)
+
+
+def _with(doc: Image, condition: Condition) -> list[Condition]:
+    return [*(c for c in doc.conditions if c.type != condition.type), condition]
+
+
+def building(doc: Image, now: datetime) -> Step | None:
+    """A build begins, or begins again."""
+    if doc.phase == "building" or doc.deleting:
+        return None
+    return doc.evolve(phase="building", updated=now, conditions=_with(
+        doc, _condition("Built", "Unknown", "Building", "the log tells how far it is", now))), ()
+
+
+def built(doc: Image, now: datetime, *, digest: str, size: int, lock_digest: str) -> Step:
+    """The image is in the store."""
+    if doc.deleting:
+        return _again(doc, now)
+    done = doc.evolve(
+        phase="ready", digest=digest, size=size, lock_digest=lock_digest, reason=None, updated=now,
+        observed_generation=doc.generation,
+        conditions=_with(doc, _condition("Built", "True", "Built", f"{digest}, {size} bytes", now)))
+    return done, (Fact("image.built"),)
+
+
+def failed(doc: Image, now: datetime, reason: str) -> Step:
+    """The build ended for a reason that its owner must fix."""
+    if doc.deleting:
+        return _again(doc, now)
+    over = doc.evolve(phase="failed", reason=reason, updated=now, observed_generation=doc.generation,
+                      conditions=_with(doc, _condition("Built", "False", "BuildFailed", reason, now)))
+    return over, (Fact("image.failed", {"reason": reason}),)
+
+
+def _again(doc: Image, now: datetime) -> Step:
+    return doc.evolve(due=now), ()
+
+
+def removing(doc: Image, now: datetime, dropped: frozenset[str] = frozenset()) -> Step | None:
+    """Deletion begins. ``dropped`` are holds whose holders are gone. A builder at work sees the mark within a second,
+    and the loop looks again when it has stopped."""
+    if doc.deleting:
+        return None
+    return doc.evolve(
+        deleting=True, holds=[h for h in doc.holds if h not in dropped], updated=now,
+        phase=doc.phase if doc.phase in OVER else "cancelled", due=now,
+        conditions=_with(doc, _condition("Deleting", "True", "Deleted", "its models are being let go of", now))), ()
+
+
+def removed(doc: Image, now: datetime) -> Step:
+    """Everything of it is gone but the number of its version."""
+    return doc.evolve(deleted=True, due=None, updated=now), (Fact("image.deleted"),)
+
+
+def held(doc: Image, holder: str) -> Step | None:
+    """``holder`` (``deployment/iris``) needs this image."""
+    return None if holder in doc.holds else (doc.evolve(holds=sorted([*doc.holds, holder])), ())
+
+
+def released(doc: Image, holder: str, now: datetime) -> Step | None:
+    """``holder`` needs it no longer; with ``auto_delete`` the last one takes the image along."""
+    if holder not in doc.holds:
+        return None
+    free = doc.evolve(holds=[h for h in doc.holds if h != holder])
+    last = doc.auto_delete and not free.holds
+    return (removing(free, now) if last else None) or (free, ())
+
+
+def changed(doc: Image, now: datetime, changes: Mapping[str, Any]) -> Step | None:
+    """A caller's change of what may change. None: it is so already."""
+    if all(getattr(doc, field) == value for field, value in changes.items()):
+        return None
+    return doc.evolve(**changes, updated=now, generation=doc.generation + 1), ()

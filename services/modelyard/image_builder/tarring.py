@@ -1,0 +1,119 @@
+"""Tar streams that are the same wherever and whenever they are made.
+
+Every entry: owner 0/0, time 0, mode 644 or 755, PAX. Parents come before children, names in order, and the end is
+two empty blocks and no more, so that layers can be joined into one archive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+TAR = "application/vnd.oci.image.layer.v1.tar"
+TAR_GZ = "application/vnd.oci.image.layer.v1.tar+gzip"
+BLOCK = 512
+END = bytes(2 * BLOCK)
+CHUNK = 1 << 20
+GZIP_LEVEL = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file: its name in the archive, and where its bytes are (a path, or the bytes themselves)."""
+
+    name: str
+    source: Path | bytes
+    executable: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer in the store's terms. ``diff_id`` is the digest of the tar, ``digest`` of what is stored of it."""
+
+    title: str
+    digest: str
+    diff_id: str
+    size: int
+    media_type: str
+
+    @property
+    def descriptor(self) -> dict[str, object]:
+        return {"mediaType": self.media_type, "digest": self.digest, "size": self.size,
+                "annotations": {"io.modelyard.layer": self.title}}
+
+
+def header(name: str, size: int = 0, *, folder: bool = False, executable: bool = False) -> bytes:
+    """One entry's header block or blocks."""
+    info = tarfile.TarInfo(name.rstrip("/") + "/" if folder else name)
+    info.size, info.mtime = size, 0
+    info.type = tarfile.DIRTYPE if folder else tarfile.REGTYPE
+    info.mode = 0o755 if folder or executable else 0o644
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def padding(size: int) -> bytes:
+    """What fills the last block of a file of ``size`` bytes."""
+    return bytes(-size % BLOCK)
+
+
+def parents(name: str, seen: set[str]) -> bytes:
+    """Headers of the folders above ``name`` that are not in ``seen`` yet."""
+    parts, out = name.split("/")[:-1], b""
+    for depth in range(1, len(parts) + 1):
+        folder = "/".join(parts[:depth])
+        if folder not in seen:
+            seen.add(folder)
+            out += header(folder, folder=True)
+    return out
+
+
+def tar(entries: Iterable[Entry], end: bytes = END) -> Iterator[bytes]:
+    """The archive of ``entries``, sorted by name, in pieces. Blocking: reads files."""
+    seen: set[str] = set()
+    for entry in sorted(entries, key=lambda e: e.name):
+        size = len(entry.source) if isinstance(entry.source, bytes) else entry.source.stat().st_size
+        yield parents(entry.name, seen) + header(entry.name, size, executable=entry.executable)
+        if isinstance(entry.source, bytes):
+            yield entry.source
+        else:
+            yield from file_chunks(entry.source, size)
+        yield padding(size)
+    yield end
+
+
+def file_chunks(path: Path, size: int) -> Iterator[bytes]:
+    """Exactly ``size`` bytes of a file; a file that changed its size meanwhile is an error."""
+    with path.open("rb", buffering=0) as file:
+        left = size
+        while left:
+            chunk = file.read(min(CHUNK, left))
+            if not chunk:
+                raise OSError(f"{path} became shorter while it was read")
+            left -= len(chunk)
+            yield chunk
+
+
+def write_layer(title: str, pieces: Iterable[bytes], path: Path, *, gzip: bool) -> Layer:
+    """Writes a tar stream to ``path``, as it is or gzipped, in one pass. Blocking."""
+    whole, stored, size = hashlib.sha256(), hashlib.sha256(), 0
+    squeeze = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31) if gzip else None
+    with path.open("wb") as out:
+        def write(data: bytes) -> None:
+            nonlocal size
+            size += len(data)
+            stored.update(data)
+            out.write(data)
+
+        for piece in pieces:
+            whole.update(piece)
+            if squeeze is not None:
+                piece = squeeze.compress(piece)
+            if piece:
+                write(piece)
+        if squeeze is not None:
+            write(squeeze.flush())
+    return Layer(title, f"sha256:{stored.hexdigest()}", f"sha256:{whole.hexdigest()}", size, TAR_GZ if gzip else TAR)

@@ -1,0 +1,108 @@
+"""uv as a process: bounded in time, in a group of its own that dies with the build, with a clean environment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ..core.errors import BuildFailed
+from .locks import Lock, read_lock
+from .log import BuildLog
+
+RESOLVE_S, INSTALL_S = 300.0, 1200.0
+PLATFORMS = {"linux/amd64": "x86_64-manylinux_2_28", "linux/arm64": "aarch64-manylinux_2_28"}
+PASSED = re.compile(
+    r"^(PATH|HOME|LANG|TMPDIR|XDG_(CACHE|CONFIG)_HOME|SSL_CERT_(FILE|DIR)|(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy"
+    r"|NETRC|UV_(CACHE_DIR|DEFAULT_INDEX|INDEX|INDEX_URL|INDEX_STRATEGY|EXTRA_INDEX_URL|FIND_LINKS|NO_INDEX|OFFLINE"
+    r"|SYSTEM_CERTS|NATIVE_TLS|INSECURE_HOST|KEYRING_PROVIDER|HTTP_TIMEOUT|HTTP_RETRIES|CONFIG_FILE|NO_CACHE"
+    r"|EXCLUDE_NEWER|CONCURRENT_\w+)|UV_INDEX_\w+_(USERNAME|PASSWORD))$")
+QUIET = ("--color", "never", "--no-progress")
+EXPLAINED = re.compile(r"[×╰─▶│|]+")
+OFFLINE = re.compile(r"error sending request|dns error|Failed to fetch|network (was|is) disabled", re.IGNORECASE)
+
+
+def environment() -> dict[str, str]:
+    """What uv may see: where its index, cache and certificates are; nothing of ours, no secret of somebody else's."""
+    kept = {name: value for name, value in os.environ.items() if PASSED.match(name)}
+    return {"PATH": "/usr/bin:/bin", **kept}
+
+
+def target(python: str, platform: str) -> list[str]:
+    """The options that say for whom packages are chosen: the same wheels whatever machine asks."""
+    return ["--python", sys.executable, "--python-version", python, "--python-platform", PLATFORMS[platform],
+            "--only-binary", ":all:"]
+
+
+async def resolve(wanted: Sequence[str], python: str, platform: str, folder: Path, log: BuildLog) -> Lock:
+    """The lock of these requirements. BuildFailed with uv's explanation when there is none."""
+    asked, answered = folder / "requirements.in", folder / "requirements.lock"
+    await asyncio.to_thread(asked.write_text, "".join(f"{line}\n" for line in wanted), "utf-8")
+    await run("resolving the requirements", ["pip", "compile", asked.name, "--output-file", answered.name,
+              "--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--quiet", *QUIET,
+              *target(python, platform)], folder, RESOLVE_S, log)
+    lock, problems = read_lock(await asyncio.to_thread(answered.read_text, "utf-8"))
+    if problems:
+        raise BuildFailed(f"the resolved requirements cannot be locked: {problems[0]}")
+    return lock
+
+
+async def install(lock: Lock, python: str, platform: str, folder: Path, log: BuildLog) -> Path:
+    """Unpacks exactly the locked wheels into a folder; nothing of them is run or built."""
+    listed, into = folder / "requirements.lock", folder / "site-packages"
+    await asyncio.to_thread(listed.write_text, lock.text, "utf-8")
+    await run("installing the packages", ["pip", "install", "--requirements", listed.name, "--target", into.name,
+              "--require-hashes", "--no-deps", "--no-compile-bytecode", *QUIET, *target(python, platform)],
+              folder, INSTALL_S, log)
+    return into
+
+
+async def run(what: str, arguments: Sequence[str], folder: Path, seconds: float, log: BuildLog) -> None:
+    """Runs uv; what it says goes to the log line by line. BuildFailed with the heart of it when it fails."""
+    process = await asyncio.create_subprocess_exec(
+        _binary(), *arguments, cwd=folder, env=environment(), stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True, limit=1 << 20)
+    said: list[str] = []
+    try:
+        async with asyncio.timeout(seconds):
+            assert process.stdout is not None
+            async for raw in process.stdout:
+                line = raw.decode(errors="replace").rstrip()
+                said.append(line)
+                await log.line(f"  uv: {line}")
+            await process.wait()
+    except TimeoutError:
+        raise BuildFailed(f"{what} took longer than {seconds:.0f} s") from None
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+    if process.returncode:
+        raise BuildFailed(f"{what} failed: {explain(said)}")
+
+
+def explain(said: Sequence[str]) -> str:
+    """One line out of uv's report."""
+    text = " ".join(" ".join(EXPLAINED.sub(" ", line) for line in said).split())
+    if OFFLINE.search(text):
+        return f"the package index does not answer; see the log ({text[:300]})"
+    text = text.partition(" hint: ")[0].removeprefix("error: ")
+    text = text.removeprefix("No solution found when resolving dependencies: ")
+    return text[:1000] or "uv gave no reason"
+
+
+def _binary() -> str:
+    import uv
+
+    try:
+        return str(uv.find_uv_bin())
+    except FileNotFoundError as exc:
+        raise BuildFailed("uv is not installed beside Modelyard; install it with: pip install uv") from exc
+
+

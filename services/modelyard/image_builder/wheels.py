@@ -1,0 +1,97 @@
+"""An environment that was just installed, as layers: one for each large distribution, one for all the small ones.
+
+What belongs to a distribution is what its RECORD lists. Left out is everything that differs from one installation
+to the next, or that nothing in an image runs: installer notes, bytecode, console scripts.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from email.parser import HeaderParser
+from pathlib import Path, PurePosixPath
+
+from ..core.errors import BuildFailed
+from .tarring import Entry
+
+LARGE = 5_000_000
+NOTES = frozenset({"INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json", "uv_build.json"})
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """One installed package: its files, as archive entries below ``site-packages``."""
+
+    name: str
+    version: str
+    license: str
+    size: int
+    entries: tuple[Entry, ...]
+
+
+def site_packages(python: str) -> str:
+    """Where packages lie in an image: ``opt/env/lib/python3.11/site-packages``."""
+    return f"opt/env/lib/python{python}/site-packages"
+
+
+def distributions(root: Path, python: str) -> list[Distribution]:
+    """Everything that is installed in ``root`` (a ``--target`` folder), by name. Blocking."""
+    found = [_distribution(root, info, python) for info in root.glob("*.dist-info")]
+    return sorted(found, key=lambda d: d.name)
+
+
+def grouped(found: Iterable[Distribution]) -> list[tuple[str, list[Entry]]]:
+    """Title and files of each layer, in the order of the image."""
+    large = [d for d in found if d.size > LARGE]
+    small = [d for d in found if d.size <= LARGE]
+    groups = [(f"env: {d.name} {d.version}", list(d.entries)) for d in large]
+    if small:
+        groups.append(("env: " + ", ".join(f"{d.name} {d.version}" for d in small), _joined(small)))
+    return groups
+
+
+def _joined(found: Iterable[Distribution]) -> list[Entry]:
+    """Several packages' files; of a file that two of them own (a namespace's ``__init__``) the last one's."""
+    return list({entry.name: entry for d in found for entry in d.entries}.values())
+
+
+def _distribution(root: Path, info: Path, python: str) -> Distribution:
+    about = HeaderParser().parsestr((info / "METADATA").read_text(encoding="utf-8", errors="replace"))
+    rows = [row for row in csv.reader(io.StringIO((info / "RECORD").read_text(encoding="utf-8"))) if row]
+    kept = sorted(row for row in rows if _belongs(row[0], info.name))
+    prefix = site_packages(python)
+    entries, size = [], 0
+    for name, *_ in kept:
+        path = root / name
+        status = path.stat()
+        size += status.st_size
+        entries.append(Entry(f"{prefix}/{name}", path, executable=bool(status.st_mode & 0o100)))
+    entries.append(Entry(f"{prefix}/{info.name}/RECORD", _record(kept, info.name)))
+    return Distribution(about["Name"], about["Version"], _license(about), size, tuple(entries))
+
+
+def _belongs(name: str, info: str) -> bool:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        if path.parts[-2:-1] == ("bin",):
+            return False
+        raise BuildFailed(f"{info.removesuffix('.dist-info')} puts a file outside of its folder: {name}")
+    if path.parts[0] == info and path.name in NOTES | {"RECORD"}:
+        return False
+    return path.parts[0] != "bin" and path.suffix not in (".pyc", ".pyo") and "__pycache__" not in path.parts
+
+
+def _record(kept: list[list[str]], info: str) -> bytes:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([*kept, [f"{info}/RECORD", "", ""]])
+    return out.getvalue().encode()
+
+
+def _license(about: object) -> str:
+    get, every = about.get, about.get_all  # type: ignore[attr-defined]
+    if expression := get("License-Expression"):
+        return str(expression)
+    named = [c.rpartition(" :: ")[2] for c in every("Classifier") or () if c.startswith("License :: ")]
+    return ", ".join(n for n in named if n != "OSI Approved")
