@@ -55,7 +55,7 @@ class Server:
 
     def __init__(self, app: web.Application) -> None:
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE_S, keepalive_timeout=75,
-                                     handler_cancellation=False)
+                                     handler_cancellation=False, auto_decompress=False)
 
     async def start(self, host: str, port: int) -> int:
         """Listens, and gives the port (of use when ``port`` is 0). Invalid names a port or host that cannot be had."""

@@ -176,6 +176,7 @@ async def _headers(request: web.Request, response: web.StreamResponse) -> None:
     if _ID in request:
         response.headers["x-request-id"] = request[_ID]
         response.headers.setdefault("traceparent", request.get(_TRACE, ""))
+    response.headers["server"] = "modelyard"
     response.headers.setdefault("cache-control", "no-store")
     response.headers["x-content-type-options"] = "nosniff"
 
