@@ -9,12 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from .guard import fail, usage
-from .options import DeploymentRef, Output, Yes, command, connect, group
-from .show import Format, document, documents, table
+from .options import DeploymentRef, Output, command, connect, group
+from .show import Column, Format, document, documents, table
 
 app = group("Captured calls: look at them, take them home, prove that none is missing.")
 Start = Annotated[str | None, typer.Option(help="From this time on: 2026-11-23T14:00:00Z.")]
 End = Annotated[str | None, typer.Option(help="Up to this time, exclusive.")]
+WINDOW: list[Column] = [
+    "start", "end", "image", "model", "requests", "errors",
+    *((p, lambda w, p=p: (w.get("latency_ms") or {}).get(p)) for p in ("p50", "p90", "p99")),
+]
+PROCESS: list[Column] = ["replica", "image", "state", "recorded", "missing", "gaps", "lost_segments"]
 LEFT_OUT = frozenset({
     "prediction_id", "request_id", "sequence", "replica", "deployment", "image", "method", "queue_ms", "trace_id",
     "request", "request_type", "response", "response_type",
@@ -60,6 +65,7 @@ def export(
     to: Annotated[Path, typer.Option(dir_okay=False, help="What to write: .parquet, .csv or .jsonl.")],
     start: Start = None, end: End = None,
     raw: Annotated[bool, typer.Option("--raw", help="Bytes as they were on the wire, not decoded.")] = False,
+    collect: Annotated[str | None, typer.Option(help="The rows of this collector instead.")] = None,
 ) -> None:
     """Writes captured calls to a file."""
     kinds = {".parquet": _parquet, ".csv": _csv, ".jsonl": _jsonl}
@@ -67,7 +73,7 @@ def export(
         usage(f"--to ends with {', '.join(kinds)}")
     with connect() as yard:
         capture = yard.capture(deployment)
-        found = capture.raw(start, end) if raw else capture.read(start, end)
+        found = capture.raw(start, end, collect=collect) if raw or collect else capture.read(start, end)
     kinds[to.suffix](found, to)
     print(f"{found.num_rows} calls in {to}")
 
@@ -107,16 +113,12 @@ def verify(
     if output is not Format.table:
         document(found, output)
     else:
-        processes = found.get("processes") or []
-        documents(processes, list(processes[0]) if processes else [], output)
-        for key, value in found.items():
-            if key != "processes":
-                print(f"{key}: {value}")
-    if any(p.get("state") == "gaps" for p in found.get("processes") or []):
-        fail(f"calls of {deployment} are missing")
+        documents(found["processes"], PROCESS, output)
+        print(f"complete: {'yes' if found['complete'] else 'no'} ({found['totals']['recorded']} calls recorded)")
+    if not found["complete"]:
+        fail(f"{found['totals']['missing']} calls of {deployment} are missing")
 
 
-@command(app, "telemetry", "modelyard capture telemetry iris --window 1m")
 def telemetry(
     deployment: DeploymentRef, window: Annotated[str | None, typer.Option(help="1m, 5m, 1h …")] = None,
     start: Start = None, end: End = None, output: Output = Format.table,
@@ -124,18 +126,4 @@ def telemetry(
     """Requests, errors and latencies in windows of time, for each image and model."""
     with connect() as yard:
         windows = yard.telemetry(deployment, window=window, start=start, end=end)
-    latency = [(p, lambda w, p=p: (w.get("latency_ms") or {}).get(p)) for p in ("p50", "p90", "p99")]
-    documents(windows, ["start", "end", "image", "model", "requests", "errors", *latency], output)
-
-
-@command(app, "erase", "modelyard capture erase iris --before 2026-11-01T00:00:00Z --yes")
-def erase(
-    deployment: DeploymentRef,
-    before: Annotated[str | None, typer.Option(help="Only what is older; absent: everything.")] = None,
-    yes: Yes = False, output: Output = Format.table,
-) -> None:
-    """Deletes captured calls for good."""
-    if not yes:
-        typer.confirm(f"Delete what was captured of {deployment}{' before ' + before if before else ''}?", abort=True)
-    with connect() as yard:
-        document(yard.capture(deployment).erase(before=before), output)
+    documents(windows, WINDOW, output)

@@ -11,7 +11,8 @@ from .show import Column, Format, document, documents
 
 app = group("Events that a service could not handle, and the way back.")
 Id = Annotated[str, typer.Argument(help="The dead letter's id.")]
-COLUMNS: list[Column] = ["id", ("service", lambda d: d.get("service") or d.get("group")), "topic", "subject", "error", "message"]
+COLUMNS: list[Column] = [
+    "id", ("service", lambda d: d.get("service") or d.get("group")), "topic", "subject", "error", "message"]
 
 
 @command(app, "list", "modelyard dead list --service image-builder")

@@ -163,11 +163,7 @@ def history(name: DeploymentRef, output: Output = Format.table) -> None:
     """The last ten generations, the newest first."""
     with connect() as yard:
         found = yard.deployments.history(name)
-    documents(found, ["generation", ("image", _image), "phase", "reason", "created"], output)
-
-
-def _image(generation: Any) -> Any:
-    return generation.get("image") or (generation.get("spec") or {}).get("image")
+    documents(found, ["generation", "image", "models", "healthy", "reason", "time"], output)
 
 
 @command(app, "wait", "modelyard deployments wait iris --timeout 120")

@@ -24,7 +24,8 @@ from .options import (
 from .show import Column, Format, Steps, document, documents, size
 
 app = group("Register, find, tag, alias, download and delete models.")
-COLUMNS: list[Column] = ["id", "framework", "tags", "properties", ("size", lambda d: size(int(d.get("size") or 0))), "created"]
+COLUMNS: list[Column] = [
+    "id", "framework", "tags", "properties", ("size", lambda d: size(int(d.get("size") or 0))), "created"]
 
 
 @command(app, "register", "modelyard models register iris model.skops --tag team=flora --property accuracy=0.97")

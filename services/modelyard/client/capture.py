@@ -1,9 +1,8 @@
-"""Captured calls: read back as a table decoded by name, proved complete, erased."""
+"""Captured calls: read back as a table decoded by name, proved complete."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -37,17 +36,20 @@ def moment(when: Moment) -> str | None:
 
 
 class AsyncCapture:
-    """What was captured of one deployment."""
+    """What was captured of one deployment. It outlives the deployment, as long as its retention says."""
 
     def __init__(self, http: Http, deployment: str) -> None:
         self._http = http
         self._deployment = deployment
 
-    async def raw(self, start: Moment = None, end: Moment = None, *, limit: int | None = None) -> pa.Table:
-        """One row per call with the columns of the capture files: bytes as they were on the wire."""
+    async def raw(
+        self, start: Moment = None, end: Moment = None, *, limit: int | None = None, collect: str | None = None,
+    ) -> pa.Table:
+        """One row per call with the columns of the capture files: bytes as they were on the wire. ``collect``: the
+        rows of that collector instead, joined to calls by ``prediction_id``."""
         import pyarrow.ipc
 
-        params: Params = {"start": moment(start), "end": moment(end), "limit": limit}
+        params: Params = {"start": moment(start), "end": moment(end), "limit": limit, "collect": collect}
         where = path("capture", self._deployment)
         reply = await self._http.send("GET", where, params=params, headers={"Accept": ARROW})
         return await asyncio.to_thread(lambda: pyarrow.ipc.open_stream(reply.body).read_all())
@@ -65,17 +67,15 @@ class AsyncCapture:
         return await asyncio.to_thread(decode, await self.raw(start, end, limit=limit))
 
     async def verify(self, start: Moment = None, end: Moment = None) -> dict[str, Any]:
-        """Per server process: complete, gaps, or open-ended (no end frame)."""
+        """``complete`` (nothing is known to be missing), and for each server process whether it is complete, has gaps
+        or is open-ended (it has written no end frame: it runs still, or was killed).
+
+        >>> yard.capture("iris").verify()["complete"]
+        True
+        """
         params: Params = {"start": moment(start), "end": moment(end)}
         where = path("capture", self._deployment, "verify")
         answer: dict[str, Any] = await self._http.json("GET", where, params=params)
-        return answer
-
-    async def erase(self, *, before: Moment = None) -> dict[str, Any]:
-        """Deletes what was captured before ``before`` (absent: everything)."""
-        body: Mapping[str, Any] = {} if before is None else {"before": moment(before)}
-        answer: dict[str, Any] = await self._http.json(
-            "POST", path("capture", self._deployment, "erase"), json=body)
         return answer
 
 

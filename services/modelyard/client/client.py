@@ -50,7 +50,7 @@ class AsyncClient:
         return str(self._http.base)
 
     def capture(self, deployment: Reference) -> AsyncCapture:
-        """What was captured of a deployment: ``read``, ``raw``, ``verify``, ``erase``."""
+        """What was captured of a deployment: ``read``, ``raw``, ``verify``."""
         return AsyncCapture(self._http, reference(deployment))
 
     async def telemetry(

@@ -113,7 +113,6 @@ class Capture(Face[AsyncCapture]):
     raw = blocks(AsyncCapture.raw)
     read = blocks(AsyncCapture.read)
     verify = blocks(AsyncCapture.verify)
-    erase = blocks(AsyncCapture.erase)
 
 
 class DeadLetters(Face[AsyncDeadLetters]):
@@ -159,7 +158,7 @@ class Client(Face[AsyncClient]):
         return self._inner.url
 
     def capture(self, deployment: Reference) -> Capture:
-        """What was captured of a deployment: ``read``, ``raw``, ``verify``, ``erase``."""
+        """What was captured of a deployment: ``read``, ``raw``, ``verify``."""
         return Capture(self._inner.capture(deployment), self._portal)
 
     telemetry = blocks(AsyncClient.telemetry)
