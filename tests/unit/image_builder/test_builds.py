@@ -1,0 +1,279 @@
+"""Builds without wheels: outcomes, logs, holds, deletion, and what is in the image."""
+
+import asyncio
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from modelyard.image_builder.model import Image
+from modelyard.registry.model import Model
+
+from .conftest import SCORE, Yard, running
+
+
+async def test_an_image_without_wheels(yard: Yard) -> None:
+    model = await yard.register("iris", b"weights", filename="model.bin", framework_version="3", properties={"a": "b"})
+    doc = await yard.small("iris-scorer", models=["iris"], env={"COLOUR": "red"})
+    assert doc["phase"] == "ready" and doc["models"] == [model] and doc["size"] > 0
+    found = await yard.images.images.get_manifest("iris-scorer", "1")
+    assert found is not None
+    manifest = json.loads(found[0])
+    config = json.loads(await blob(yard, manifest["config"]["digest"]))
+    assert config["config"]["User"] == "10001" and config["created"].startswith("1970-01-01")
+    assert config["config"]["Env"] == ["COLOUR=red", "ORT_DISABLE_TELEMETRY=1"]
+    assert config["config"]["Entrypoint"] == ["python3", "-I", "-S", "/opt/modelyard/launch.py"]
+    files = await contents(yard, manifest)
+    assert files["opt/modelyard/score/score.py"] == SCORE
+    assert files["opt/modelyard/models/iris/1/model.bin"] == b"weights"
+    assert {"opt/modelyard/launch.py", "opt/modelyard/lib/modelyard/scoring/__main__.py",
+            "opt/modelyard/lib/modelyard/core/errors.py"} <= files.keys()
+    assert not any("/registry/" in name or "/image_builder/" in name or name.endswith(".pyc") for name in files)
+    about = json.loads(files["opt/modelyard/image.json"])
+    assert about["score"] == "score/score.py" and about["models"] == [{
+        "name": "iris", "version": 1, "framework": "custom", "framework_version": "3",
+        "path": "models/iris/1/model.bin", "trusted": False, "properties": {"a": "b"}}]
+
+
+async def blob(yard: Yard, digest: str) -> bytes:
+    return b"".join([chunk async for chunk in yard.images.images.get_blob("any", digest)])
+
+
+async def contents(yard: Yard, manifest: dict) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    for layer in manifest["layers"]:
+        with tarfile.open(fileobj=io.BytesIO(await blob(yard, layer["digest"]))) as archive:
+            for one in archive:
+                assert (one.mtime, one.uid, one.gid) == (0, 0, 0) and one.mode in (0o644, 0o755)
+                if one.isfile():
+                    files[one.name] = archive.extractfile(one).read()
+    return files
+
+
+async def test_the_same_inputs_give_the_same_digest_anywhere(tmp_path: Path) -> None:
+    digests = set()
+    for place in ("here", "there"):
+        async with running(tmp_path / place) as yard:
+            if place == "there":
+                await yard.small("other")
+            await yard.register("iris", b"weights", properties={"b": "1", "a": "2"})
+            digests.add((await yard.small(f"name-{place}", models=["iris:1"], env={"X": "1"}))["digest"])
+            digests.add((await yard.small("again", models=["iris"], env={"X": "1"}, tags={"t": "1"}))["digest"])
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(("source", "told"), [
+    (b"def run(data)\n    return data\n", "score.py line 1 does not parse"),
+    (b"x = 1\n\ndef init():\n    pass\n", "no function run"),
+    (b"import os\n\n\ndef run(a, b):\n    pass\n", "score.py line 4: run takes 2 arguments"),
+    (b"def run(data):\n    pass\n\ndef init(x):\n    pass\n", "score.py line 4: init takes 1"),
+    (b"\x00", "does not parse"),
+    (b"\xff\xfe", "does not parse"),
+    (b"(" * 50_000, "does not parse"),
+])
+async def test_a_scoring_file_that_cannot_serve_ends_the_build(yard: Yard, source: bytes, told: str) -> None:
+    doc = await yard.small(score=await yard.upload(source))
+    assert doc["phase"] == "failed" and told in doc["reason"]
+    log = (await yard.call("GET", f"/v1/images/{doc['id']}/log")).raw.decode()
+    assert f"failed: {doc['reason']}" in log and "Traceback" not in log
+
+    async def told_the_world() -> bool:
+        return any(e.topic == "image.failed" and told in e.data["reason"] for e in await yard.events())
+
+    await yard.until(told_the_world)
+
+
+async def test_all_problems_of_the_inputs_are_told_together(yard: Yard) -> None:
+    lock = await yard.upload(b"numpy\nscipy==1.0\n-r other.txt\n")
+    doc = await yard.small(score=await yard.upload(b"x = 1\n"), lock=lock)
+    assert doc["phase"] == "failed"
+    for part in ("lock line 1", "lock line 2", "lock line 3", "no function run"):
+        assert part in doc["reason"]
+
+
+async def test_a_lock_without_what_the_server_needs(yard: Yard) -> None:
+    doc = await yard.small(lock=await yard.upload(b"six==1.17.0 --hash=sha256:" + b"0" * 64))
+    assert doc["phase"] == "failed" and "grpcio" in doc["reason"]
+
+
+async def test_a_scoring_folder(yard: Yard, tmp_path: Path) -> None:
+    folder = tmp_path / "code"
+    (folder / "lib").mkdir(parents=True)
+    (folder / "score.py").write_bytes(SCORE)
+    (folder / "lib" / "part.py").write_text("X = 1\n")
+    doc = await yard.small(score=await yard.upload_folder(folder))
+    manifest = json.loads((await yard.images.images.get_manifest("tiny", "1"))[0])
+    files = await contents(yard, manifest)
+    assert doc["phase"] == "ready" and files["opt/modelyard/score/lib/part.py"] == b"X = 1\n"
+    (folder / "score.py").rename(folder / "other.py")
+    doc = await yard.small(score=await yard.upload_folder(folder))
+    assert doc["phase"] == "failed" and "score.py" in doc["reason"]
+
+
+async def test_a_hostile_scoring_folder(yard: Yard) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name in ("score.py", "../../outside"):
+            info = tarfile.TarInfo(name)
+            info.size = len(SCORE)
+            archive.addfile(info, io.BytesIO(SCORE))
+    doc = await yard.small(score=await yard.upload(out.getvalue()))
+    assert doc["phase"] == "failed" and "leads out of the folder" in doc["reason"]
+
+
+async def test_a_model_folder(yard: Yard, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "part").mkdir(parents=True)
+    (folder / "part" / "weights.bin").write_bytes(b"w" * 3_000_000)
+    (folder / "run.sh").write_text("#!/bin/sh\n")
+    (folder / "run.sh").chmod(0o755)
+    digest = await yard.upload_folder(folder)
+    answer = await yard.call("POST", "/v1/models", {"name": "tree", "artifact": digest, "unpack": True})
+    assert answer.status == 201, answer
+    for _ in range(2):  # made, then taken from the memo
+        assert (await yard.small(models=["tree"]))["phase"] == "ready"
+    first, second = [json.loads((await yard.images.images.get_manifest("tiny", str(n)))[0]) for n in (1, 2)]
+    files = await contents(yard, first)
+    assert first == second and len(files["opt/modelyard/models/tree/1/part/weights.bin"]) == 3_000_000
+    assert "opt/modelyard/models/tree/1/run.sh" in files
+
+
+async def test_models_are_held_from_the_answer_on_and_let_go_at_the_end(yard: Yard) -> None:
+    await yard.register("iris")
+    doc = await yard.post(name="user", models=["iris"], score=await yard.upload(SCORE), lock=await yard.upload(b""))
+    held = await yard.registry.store.get(Model, "iris:1")
+    assert held is not None and list(held.holds) == ["image/user:1"]
+    assert (await yard.over(doc["id"]))["phase"] == "ready"
+    refused = await yard.call("DELETE", "/v1/models/iris:1")
+    assert refused.status == 412
+    assert refused.json["blockers"] == [{"kind": "image", "id": "user:1", "phase": "ready"}]
+    assert (await yard.call("DELETE", "/v1/images/user:1")).status == 202
+    await yard.gone("user:1")
+    assert (await yard.registry.store.get(Model, "iris:1")).holds == {}
+    assert (await yard.call("DELETE", "/v1/images/user:1")).status == 204
+    assert (await yard.call("DELETE", "/v1/models/iris:1")).status in (200, 202)
+
+
+async def test_deleting_leaves_nothing_but_the_number(yard: Yard, tmp_path: Path) -> None:
+    await yard.small()
+    await yard.call("DELETE", "/v1/images/tiny:1")
+    await yard.gone("tiny:1")
+    assert await yard.images.images.get_manifest("tiny", "1") is None
+    assert list((tmp_path / "data" / "images" / "blobs" / "sha256").iterdir()) == []
+    assert [b async for b in yard.images.blobs.list("images/")] == []
+    left = [p for p in (tmp_path / "data" / "image-builder").rglob("*") if p.is_file()]
+    assert left == []
+    assert (await yard.small())["id"] == "tiny:2"
+
+    async def told() -> bool:
+        mine = [e for e in await yard.events() if e.subject == "tiny:1"]
+        return [(e.topic, int(e.sequence)) for e in mine] == [
+            ("image.requested", 1), ("image.built", 2), ("image.deleted", 3)]
+
+    await yard.until(told)
+
+
+async def test_a_deployments_hold_guards_an_image(yard: Yard) -> None:
+    await yard.small()
+    hold = "/internal/v1/images/tiny:1/holds/deployment/iris"
+    for _ in range(2):
+        assert (await yard.call("PUT", hold, internal=True)).status == 200
+    assert (await yard.call("PUT", hold)).status == 403
+    assert (await yard.call("PUT", hold.replace("tiny:1", "tiny:9"), internal=True)).status == 404
+    assert (await yard.call("PUT", hold.replace("deployment", "alias"), internal=True)).status == 422
+    here = yard.images.peers.urls["deployer"]
+    yard.images.peers.urls["deployer"] = "http://127.0.0.1:1"
+    refused = await yard.call("DELETE", "/v1/images/tiny:1")
+    assert refused.status == 412
+    assert refused.json["blockers"] == [{"kind": "deployment", "id": "iris", "phase": "unknown"}]
+    yard.images.peers.urls["deployer"] = here
+    yard.deployments["iris"] = "failed"  # its spec still names the image
+    assert (await yard.call("DELETE", "/v1/images/tiny:1")).json["blockers"][0]["phase"] == "failed"
+    del yard.deployments["iris"]  # gone: its hold means nothing
+    assert (await yard.call("DELETE", "/v1/images/tiny:1")).status == 202
+    await yard.gone("tiny:1")
+    assert (await yard.call("DELETE", hold, internal=True)).status == 200
+
+
+async def test_auto_delete_goes_with_the_last_deployment(yard: Yard) -> None:
+    await yard.small(auto_delete=True)
+    for name in ("one", "two"):
+        assert (await yard.call("PUT", f"/internal/v1/images/tiny:1/holds/deployment/{name}", internal=True)).status == 200
+    await yard.call("DELETE", "/internal/v1/images/tiny:1/holds/deployment/one", internal=True)
+    assert (await yard.images.store.get(Image, "tiny:1")).deleting is False
+    await yard.call("DELETE", "/internal/v1/images/tiny:1/holds/deployment/two", internal=True)
+    await yard.gone("tiny:1")
+
+
+async def test_the_log_is_streamed_until_the_end(yard: Yard) -> None:
+    doc = await yard.post(name="told", score=await yard.upload(SCORE), lock=await yard.upload(b""))
+    log = (await yard.call("GET", f"/v1/images/{doc['id']}/log?follow=true")).raw.decode()
+    done = await yard.over(doc["id"])
+    assert log.splitlines()[0].endswith("building told:1 for linux/amd64, Python 3.11; models: none") or "told:1" in log
+    assert f"built {done['digest']}" in log.splitlines()[-1]
+    assert (await yard.call("GET", f"/v1/images/{doc['id']}/log")).raw.decode() == log
+
+
+async def test_the_context_is_one_tar_that_says_how(yard: Yard) -> None:
+    await yard.register("iris", b"weights", filename="model.bin")
+    await yard.small(models=["iris"], env={"A": "b c"})
+    answer = await yard.call("GET", "/v1/images/tiny:1/context")
+    assert answer.status == 200
+    with tarfile.open(fileobj=io.BytesIO(answer.raw)) as archive:
+        names = archive.getnames()
+        recipe = archive.extractfile("Containerfile").read().decode()
+        assert archive.extractfile("opt/modelyard/models/iris/1/model.bin").read() == b"weights"
+    assert {"requirements.lock", "opt/modelyard/score/score.py", "opt/modelyard/image.json"} <= set(names)
+    assert 'ENV A="b c"' in recipe and "USER 10001" in recipe
+    bad = await yard.small(score=await yard.upload(b"x"))
+    assert (await yard.call("GET", f"/v1/images/{bad['id']}/context")).status == 409
+
+
+async def test_the_bill_of_materials(yard: Yard) -> None:
+    await yard.register("iris", b"weights")
+    doc = await yard.small(models=["iris"])
+    bill = json.loads((await yard.call("GET", "/v1/images/tiny:1/sbom")).raw)
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    assert bill["metadata"]["component"]["hashes"][0]["content"] == doc["digest"].removeprefix("sha256:")
+    assert [c["type"] for c in bill["components"]] == ["machine-learning-model"]
+
+
+async def test_a_builder_that_died_is_followed_by_another(tmp_path: Path) -> None:
+    """The document of a build that a dead process left, its lease lapsed: the next process finishes it, alike."""
+    async with running(tmp_path / "data") as yard:
+        done = await yard.small()
+        doc = await yard.images.store.get(Image, "tiny:1")
+    async with running(tmp_path / "data") as yard:
+        left = doc.evolve(phase="building", digest=None, size=None, due=yard.images.now(),
+                          lease="dead 2026-01-01T00:00:00.000000Z")
+        await yard.images.store.commit(left)
+        again = await yard.over("tiny:1")
+        assert again["phase"] == "ready" and again["digest"] == done["digest"]
+
+
+async def test_a_model_that_went_before_it_could_be_held(yard: Yard) -> None:
+    await yard.register("iris")
+    doc = await yard.small(models=["iris"])
+    image = await yard.images.store.get(Image, doc["id"])
+    await yard.images.commit(image.evolve(revision=0, sequence=0, id="late:1", name="late", phase="queued",
+                                          models=["gone:1"], due=yard.images.now()))
+    late = await yard.over("late:1")
+    assert late["phase"] == "failed" and "gone:1" in late["reason"]
+
+
+async def test_a_build_waits_for_a_registry_that_is_away(yard: Yard) -> None:
+    await yard.register("iris")
+    spec = {"name": "patient", "models": ["iris"], "score": await yard.upload(SCORE), "lock": await yard.upload(b"")}
+    here = yard.images.peers.urls["registry"]
+    image = await yard.small(models=["iris"])
+    yard.images.peers.urls["registry"] = "http://127.0.0.1:1"
+    assert (await yard.call("POST", "/v1/images", spec)).status == 503
+    old = await yard.images.store.get(Image, image["id"])
+    await yard.images.commit(old.evolve(revision=0, sequence=0, id="patient:1", name="patient", version=1,
+                                        phase="queued", digest=None, due=yard.images.now()))
+    await asyncio.sleep(0.5)
+    assert (await yard.call("GET", "/v1/images/patient:1")).json["phase"] == "queued"
+    yard.images.peers.urls["registry"] = here
+    assert (await yard.over("patient:1"))["phase"] == "ready"
