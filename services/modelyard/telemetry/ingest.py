@@ -39,12 +39,14 @@ async def step(ctx: Context, stream: CaptureStream) -> Change[CaptureStream]:
     """One look at a deployment's raw segments."""
     keys, more = await _waiting(ctx, stream)
     taken, aside = [], []
+    images: dict[str, str] = {}
     for key, name in keys:
-        segment = await _take(ctx, stream, key, name)
+        segment = await _take(ctx, stream, key, name, images.get(name.replica))
         if segment is None:
             aside.append(key)
         else:
             taken.append((key, segment))
+            images[name.replica] = segment.image
     if taken:
         await _note(ctx, stream, [segment for _, segment in taken])
     for key, segment in taken:
@@ -78,14 +80,18 @@ async def _waiting(ctx: Context, stream: CaptureStream) -> tuple[list[tuple[str,
     return found, False
 
 
-async def _take(ctx: Context, stream: CaptureStream, key: str, name: SegmentName) -> Segment | None:
-    """The segment's manifest, as stored or new (then its files are stored); None when it cannot be read."""
+async def _take(ctx: Context, stream: CaptureStream, key: str, name: SegmentName, image: str | None) -> Segment | None:
+    """The segment's manifest, as stored or new (then its files are stored); None when it cannot be read.
+
+    ``image`` is what another segment of the same process said, for one whose start frame is damaged.
+    """
     known = await ctx.store.get(Segment, segment_id(stream.id, name.replica, name.number),
                                 workspace=stream.workspace, tombstone=True)
     if known is not None:
         return known
-    process = await ctx.store.get(Process, process_id(stream.id, name.replica), workspace=stream.workspace)
-    image = process.image if process is not None else stream.image
+    if image is None:
+        process = await ctx.store.get(Process, process_id(stream.id, name.replica), workspace=stream.workspace)
+        image = process.image if process is not None else stream.image
     raw = b"".join([chunk async for chunk in ctx.blobs.get(key)])
     try:
         unpacked = await asyncio.to_thread(_unpack, stream, name, raw, image)
