@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from .adapters import urls
 from .core.errors import Invalid
-from .folder import lock, prepare, service_token
+from .kernel.folder import lock, prepare, service_token
 from .kernel.forward import Peers
 from .kernel.guard import Guard
 from .kernel.idempotency import FORGET

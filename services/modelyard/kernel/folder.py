@@ -7,7 +7,7 @@ import os
 import secrets
 from pathlib import Path
 
-from .core.errors import Conflict, Invalid
+from ..core.errors import Conflict, Invalid
 
 VERSION = "1"
 
