@@ -55,7 +55,7 @@ class SqliteFile:
     """Opened by ``SqliteFile.open``; ``read`` and ``write`` run a function with the connection on the thread."""
 
     def __init__(self, path: Path, schema: Schema, sync: str, busy_s: float) -> None:
-        self.path = Path(os.path.abspath(path))
+        self.path = path
         self._schema, self._sync, self._busy_s = schema, sync, busy_s
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"sqlite {schema.part}", daemon=True)
@@ -216,6 +216,7 @@ class SqliteFile:
             wait = min(wait * 1.5, 0.002)
 
     def _connect(self) -> sqlite3.Connection:
+        self.path = self.path.resolve()
         with contextlib.suppress(FileExistsError):
             self.path.parent.mkdir(mode=0o700, parents=True)
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

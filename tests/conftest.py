@@ -1,0 +1,68 @@
+"""For all tests: a blocking call of ours in the event loop fails the unit and contract tests; a house to stand in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from blockbuster import blockbuster_ctx
+
+from modelyard.adapters import urls
+from modelyard.adapters.blobs_dir import DirBlobs, DirGrants
+from modelyard.adapters.images_layout import LayoutImages
+from modelyard.kernel.forward import Peers
+from modelyard.kernel.service import Context
+from modelyard.kernel.wakes import Wakes
+from modelyard.ports.bus import EventBus
+from modelyard.ports.store import DocumentStore
+
+HERE = Path(__file__).parent
+GUARDED = (HERE / "unit", HERE / "contract")
+
+
+@pytest.fixture(autouse=True)
+def never_blocking(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Blocking calls made by our code, or by what it calls, raise BlockingError in the event loop."""
+    if not any(request.path.is_relative_to(folder) for folder in GUARDED):
+        yield
+        return
+    with blockbuster_ctx("modelyard"):
+        yield
+
+
+@dataclass(frozen=True)
+class House:
+    """One service's context on the embedded adapters, with the bus and the wakes that the kernel works with."""
+
+    ctx: Context
+    store: DocumentStore
+    bus: EventBus
+    wakes: Wakes
+
+
+OpenHouse = Callable[..., AbstractAsyncContextManager[House]]
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> OpenHouse:
+    """``async with house() as h``: opened on the test's folder; again (or beside it), the same data."""
+
+    @asynccontextmanager
+    async def open_house(service: str = "registry") -> AsyncIterator[House]:
+        async with AsyncExitStack() as stack:
+            store = await urls.open_store(f"sqlite://{tmp_path}/yard.db", service)
+            stack.push_async_callback(store.close)
+            bus = await urls.open_bus(f"sqlite://{tmp_path}/yard.db")
+            stack.push_async_callback(bus.close)
+            peers = Peers({}, "between-services")
+            stack.push_async_callback(peers.close)
+            wakes = Wakes()
+            ctx = Context(service=service, store=store, blobs=DirBlobs(tmp_path / "blobs"),
+                          images=LayoutImages(tmp_path / "images"), grants=DirGrants(tmp_path / "blobs"), targets={},
+                          peers=peers, data=tmp_path, wake=wakes.wake)
+            yield House(ctx, store, bus, wakes)
+
+    return open_house
