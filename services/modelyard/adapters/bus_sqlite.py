@@ -85,7 +85,7 @@ class SqliteBus(EventBus):
             member = Member(self._file, group, topics, PARTITIONS, self._lease_s, alarm, self.ring)
             await member.join()
             try:
-                yield member.deliveries()
+                yield member
             finally:
                 await member.leave()
 

@@ -56,7 +56,7 @@ class Lane:
             self.finished.discard(self.done)
 
 
-class Member:
+class Member(AsyncIterator[Delivery]):
     """Joins, keeps its lease, fetches, and leaves. One task does all of it, so its state needs no lock."""
 
     def __init__(self, file: SqliteFile, group: str, topics: Sequence[str], partitions: int, lease_s: float,
@@ -99,17 +99,20 @@ class Member:
             await self._file.write(go)
         self._ring()
 
-    async def deliveries(self) -> AsyncIterator[Delivery]:
+    def __aiter__(self) -> Member:
+        return self
+
+    async def __anext__(self) -> Delivery:
+        """The next delivery. A wait that is cancelled takes nothing, and may be followed by another."""
         while True:
             item = await self._queue.get()
             if isinstance(item, Exception):
                 raise item
             lane, offset, delivery = item
-            if lane.gone or lane.leave_by is not None:
-                self._in_flight -= 1
-                continue
-            lane.handed.add(offset)
-            yield delivery
+            if not lane.gone and lane.leave_by is None:
+                lane.handed.add(offset)
+                return delivery
+            self._in_flight -= 1
 
     # The one task ------------------------------------------------------------------------------------------------
 
