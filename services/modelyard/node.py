@@ -97,7 +97,7 @@ class Parts:
 @asynccontextmanager
 async def opened(settings: Settings, names: Sequence[str] = ()) -> AsyncIterator[Node]:
     """A node that listens; leaving closes everything. Its background work is the caller's to run (``Node.work``)."""
-    wanted, house = services(names), services()
+    wanted, house = await asyncio.to_thread(services, names), await asyncio.to_thread(services)
     async with AsyncExitStack() as stack:
         await asyncio.to_thread(prepare, settings.data)
         for service in wanted:

@@ -177,6 +177,11 @@ class Settings(BaseSettings):
         shown = self.model_dump(mode="json")
         return {name: _mask(value) for name, value in shown.items()}
 
+    def __repr__(self) -> str:
+        return f"Settings({self.masked()})"
+
+    __str__ = __repr__
+
 
 def _mask(value: Any) -> Any:
     if isinstance(value, dict):

@@ -5,6 +5,7 @@ Built from the declared services alone, so every server gives the same document,
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -191,10 +192,11 @@ def routes(services: Sequence[Service], kernel: Sequence[Route]) -> list[Route]:
         return build(declared(services, [*kernel, *own]))
 
     async def spec(ctx: Context, call: Call) -> web.StreamResponse:
-        return reply(document())
+        return reply(await asyncio.to_thread(document))
 
     async def docs(ctx: Context, call: Call) -> web.StreamResponse:
-        return web.Response(text=page(document()), content_type="text/html", headers={
+        html = await asyncio.to_thread(lambda: page(document()))
+        return web.Response(text=html, content_type="text/html", headers={
             "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"})
 
     own = [Route("GET", "/v1/openapi.json", spec, "This API as OpenAPI 3.1"),

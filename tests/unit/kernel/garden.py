@@ -18,7 +18,7 @@ from modelyard.adapters.bus_sqlite import SqliteBus
 from modelyard.adapters.images_layout import LayoutImages
 from modelyard.adapters.store_sqlite import SqliteStore
 from modelyard.core.documents import Document
-from modelyard.core.errors import Conflict, Invalid, InUse, NotFound, Unavailable
+from modelyard.core.errors import Conflict, InUse, Invalid, NotFound, Unavailable
 from modelyard.core.events import Envelope, Fact
 from modelyard.kernel.forward import Peers
 from modelyard.kernel.guard import LOCAL_HOSTS, Guard

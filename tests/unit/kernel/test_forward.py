@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from modelyard.core.errors import Conflict, Denied, Invalid, InUse, NotFound, TooLarge, Unavailable
+from modelyard.core.errors import Conflict, Denied, InUse, Invalid, NotFound, TooLarge, Unavailable
 from modelyard.kernel.forward import Peers
 from tests.unit.kernel.garden import SERVICE_TOKEN, Yard, yard
 
@@ -143,8 +143,8 @@ async def test_peers_speak_for_a_workspace(apart: tuple[Yard, Yard]) -> None:
 async def test_peers_raise_the_tree(apart: tuple[Yard, Yard]) -> None:
     garden, orchard = apart
     peers, soil = garden.peers, orchard.soil
-    for error in (Invalid("wrong", errors=[{"field": "a", "message": "b"}]), TooLarge("big"), Conflict("old", code="stale"),
-                  Conflict("gone", code="image-gone"), InUse("held", blockers=[{"id": "x"}]), Denied("no"),
+    for error in (Invalid("wrong", errors=[{"field": "a", "message": "b"}]), TooLarge("big"),
+                  Conflict("old", code="stale"), Conflict("gone", code="image-gone"), InUse("held", blockers=[{"id": "x"}]), Denied("no"),
                   Unavailable("no rain", retry_after=4)):
         soil.fail = [error]
         with pytest.raises(type(error)) as caught:

@@ -7,7 +7,8 @@ import pytest
 
 from tests.unit.kernel.garden import SERVICE_TOKEN, Yard, yard
 
-PATHS = ["/v1/plants", "/v1/plants/rose", "/v1/events", "/v1/dead", "/v1/openapi.json", "/v1/docs", "/metrics", "/nowhere"]
+PATHS = ["/v1/plants", "/v1/plants/rose", "/v1/events", "/v1/dead", "/v1/openapi.json", "/v1/docs", "/metrics",
+         "/nowhere"]
 SERVICE = {"x-modelyard-service-token": SERVICE_TOKEN}
 
 

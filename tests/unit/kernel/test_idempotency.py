@@ -1,7 +1,6 @@
 """Idempotency-Key: done once, answered alike, for a day; whatever dies in between."""
 
 import asyncio
-import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -132,9 +131,9 @@ async def test_a_lapsed_request_is_run_again_and_finds_what_it_made(tmp_path: Pa
 
 
 async def test_the_lease_of_a_dead_process_does_not_delay(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead = await asyncio.create_subprocess_exec(sys.executable, "-c", "pass")
     holder = f"{idempotency.PLACE} {dead.pid} 1"
-    dead.wait()
+    await dead.wait()
     async with yard(tmp_path) as here:
         await post(here, {"name": "rose"})
         store = here.contexts["garden"].store

@@ -50,7 +50,7 @@ async def test_create_show_list_change(here: Yard) -> None:
 
 async def test_refs_arrive_whole(here: Yard) -> None:
     for ref in ("iris:4", "iris@champion", "a%2Fb", "caf%C3%A9"):
-        status, headers, body = await here.call("GET", f"/v1/plants/{ref}")
+        _, headers, body = await here.call("GET", f"/v1/plants/{ref}")
         is_problem(headers, body, 404, "not-found")
         assert body["id"] == {"a%2Fb": "a/b", "caf%C3%A9": "café"}.get(ref, ref)
 
@@ -65,16 +65,16 @@ async def test_head_answers_where_get_does(here: Yard) -> None:
 
 
 async def test_unknown_route_and_method(here: Yard) -> None:
-    status, headers, body = await here.call("GET", "/v1/nothing")
+    _, headers, body = await here.call("GET", "/v1/nothing")
     is_problem(headers, body, 404, "no-such-route")
-    status, headers, body = await here.call("PUT", "/v1/plants/rose")
+    _, headers, body = await here.call("PUT", "/v1/plants/rose")
     is_problem(headers, body, 405, "method-not-allowed")
     assert set(headers["allow"].split(", ")) == {"GET", "HEAD", "PATCH", "DELETE"}
 
 
 async def test_every_problem_of_a_body_at_once(here: Yard) -> None:
     wrong = {"name": "x", "height": "2", "tags": {"k": 1}, "colour": "red"}
-    status, headers, body = await here.call("POST", "/v1/plants", json=wrong)
+    _, headers, body = await here.call("POST", "/v1/plants", json=wrong)
     is_problem(headers, body, 422, "invalid")
     assert {e["field"] for e in body["errors"]} == {"name", "height", "tags.k", "colour"}
     assert all(e["message"] for e in body["errors"])
@@ -94,7 +94,7 @@ async def test_json_types_are_kept_apart(here: Yard, height: Any) -> None:
     b'{"a":' * 70 + b"1" + b"}" * 70, b"9" * 5000,
 ])
 async def test_malformed_json(here: Yard, data: bytes) -> None:
-    status, headers, body = await here.call("POST", "/v1/plants", data=data, headers=JSON)
+    _, headers, body = await here.call("POST", "/v1/plants", data=data, headers=JSON)
     is_problem(headers, body, 400, "malformed")
 
 
@@ -104,7 +104,7 @@ async def test_malformed_json(here: Yard, data: bytes) -> None:
     b"[" * 200_000, b"- " * 100, b"a: &a [*a]", b"name: \x00", b"tags: !!set {a, b}", b"null: rose",
 ])
 async def test_malformed_yaml(here: Yard, data: bytes) -> None:
-    status, headers, body = await here.call("POST", "/v1/plants", data=data, headers=YAML)
+    _, headers, body = await here.call("POST", "/v1/plants", data=data, headers=YAML)
     is_problem(headers, body, 400, "malformed")
 
 
@@ -143,7 +143,7 @@ async def test_a_body_without_type(here: Yard) -> None:
 
 async def test_documents_have_a_size(here: Yard) -> None:
     big = json.dumps({"name": "rose", "tags": {"k": "x" * 1024 * 1024}}).encode()
-    status, headers, body = await here.call("POST", "/v1/plants", data=big, headers=JSON)
+    _, headers, body = await here.call("POST", "/v1/plants", data=big, headers=JSON)
     is_problem(headers, body, 413, "too-large")
     assert "1048576" in body["detail"]
 
@@ -151,7 +151,7 @@ async def test_documents_have_a_size(here: Yard) -> None:
         for start in range(0, len(big), 65536):
             yield big[start:start + 65536]
 
-    status, headers, body = await here.call("POST", "/v1/plants", data=chunked(), headers=JSON)
+    _, headers, body = await here.call("POST", "/v1/plants", data=chunked(), headers=JSON)
     is_problem(headers, body, 413, "too-large")
 
 
