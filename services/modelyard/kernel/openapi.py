@@ -148,10 +148,16 @@ def _responses(route: Route, refs: Refs) -> dict[str, Any]:
                                                  "content": {"application/problem+json": problem}}}
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-h2{margin-top:2.5rem;border-bottom:1px solid #ddd}details{margin:.4rem 0;border:1px solid #e3e3e3;border-radius:6px;
-padding:.4rem .8rem}summary{cursor:pointer}code,pre{font:13px ui-monospace,monospace}
-b{display:inline-block;width:4.5rem;color:#05527c}pre{background:#f6f6f6;padding:.6rem;overflow:auto}td{padding:.1rem .8rem .1rem 0;vertical-align:top}"""
+STYLE = """
+body {font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222}
+h2 {margin-top: 2.5rem; border-bottom: 1px solid #ddd}
+details {margin: .4rem 0; border: 1px solid #e3e3e3; border-radius: 6px; padding: .4rem .8rem}
+summary {cursor: pointer}
+code, pre {font: 13px ui-monospace, monospace}
+b {display: inline-block; width: 4.5rem; color: #05527c}
+pre {background: #f6f6f6; padding: .6rem; overflow: auto}
+td {padding: .1rem .8rem .1rem 0; vertical-align: top}
+"""
 
 
 def page(document: Mapping[str, Any]) -> str:

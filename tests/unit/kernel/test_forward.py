@@ -143,9 +143,11 @@ async def test_peers_speak_for_a_workspace(apart: tuple[Yard, Yard]) -> None:
 async def test_peers_raise_the_tree(apart: tuple[Yard, Yard]) -> None:
     garden, orchard = apart
     peers, soil = garden.peers, orchard.soil
-    for error in (Invalid("wrong", errors=[{"field": "a", "message": "b"}]), TooLarge("big"),
-                  Conflict("old", code="stale"), Conflict("gone", code="image-gone"), InUse("held", blockers=[{"id": "x"}]), Denied("no"),
-                  Unavailable("no rain", retry_after=4)):
+    errors: list[ModelyardError] = [
+        Invalid("wrong", errors=[{"field": "a", "message": "b"}]), TooLarge("big"), Conflict("old", code="stale"),
+        Conflict("gone", code="image-gone"), InUse("held", blockers=[{"id": "x"}]), Denied("no"),
+        Unavailable("no rain", retry_after=4)]
+    for error in errors:
         soil.fail = [error]
         with pytest.raises(type(error)) as caught:
             await peers.call("orchard", "POST", "/v1/trees/oak/boom")
