@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 from ..core.errors import Denied, Invalid, NotFound, Unavailable
 from ..core.layout import segments_prefix
 from ..ports.blobs import Blob, BlobStore, CaptureGrants
-from .folder import Draft, in_thread, make_folder, ours, sweep
+from .folder import Draft, alone, in_thread, make_folder, ours, sweep
 
 CHUNK = 1 << 20
 TEMP, GRANTS = ".tmp", ".grants"
@@ -215,22 +215,28 @@ class DirGrants(CaptureGrants):
         return f"file://{quote(str(self.root))}?{about}"
 
     def _write(self, path: Path, prefix: str, seconds: int) -> str:
-        old = read_grant(path) or {}
-        grant = {"secret": old.get("secret") or secrets.token_hex(16), "prefix": prefix,
-                 "until": max(old.get("until", 0.0), time.time() + seconds)}
         make_folder(self.root / TEMP)
-        draft = Draft(self.root / TEMP)
-        try:
-            draft.write([json.dumps(grant).encode()])
-            draft.publish(path, if_absent=False)
-        finally:
-            draft.discard()
+        with alone(self.root / GRANTS):
+            old = read_grant(path) or {}
+            grant = {"secret": old.get("secret") or secrets.token_hex(16), "prefix": prefix,
+                     "until": max(old.get("until", 0.0), time.time() + seconds)}
+            draft = Draft(self.root / TEMP)
+            try:
+                draft.write([json.dumps(grant).encode()])
+                draft.publish(path, if_absent=False)
+            finally:
+                draft.discard()
         return str(grant["secret"])
 
     async def revoke(self, workspace: str, deployment: str) -> None:
         check_key(f"{workspace}/{deployment}")
+
+        def remove() -> None:
+            with alone(self.root / GRANTS):
+                grant_path(self.root, workspace, deployment).unlink(missing_ok=True)
+
         with ours(f"the end of the grant for '{deployment}'"):
-            await in_thread(lambda: grant_path(self.root, workspace, deployment).unlink(missing_ok=True))
+            await in_thread(remove)
 
 
 def grant_path(root: Path, workspace: str, deployment: str) -> Path:

@@ -72,8 +72,8 @@ class Draft:
         self.file.flush()
         os.fsync(self.file.fileno())
         while True:
-            make_folder(path.parent)
             try:
+                make_folder(path.parent)
                 if if_absent:
                     os.link(self.path, path)
                 else:
@@ -117,6 +117,18 @@ def make_folder(folder: Path) -> None:
         sync_folder(folder.parent)
     if folder.exists() and not folder.is_dir():
         raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One at a time in this folder, over all processes."""
+    make_folder(folder)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def sweep(folder: Path) -> None:

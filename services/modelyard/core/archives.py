@@ -110,9 +110,14 @@ def unpack(source: BinaryIO, dest: Path, limits: Limits = LIMITS) -> list[Entry]
 
     Raises Invalid as ``inspect`` does, Conflict when ``dest`` holds something, Unavailable when the disk is full.
     """
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".unpack-", dir=dest.parent))
+    if source.seekable():   # so that a bad one costs no writing at all
+        at = source.tell()
+        inspect(source, limits)
+        source.seek(at)
+    draft: Path | None = None
     try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".unpack-", dir=dest.parent))
         done = []
         for entry, content in entries(source, limits):
             _write(draft / entry.name, content, 0o755 if entry.executable else 0o644)
@@ -122,11 +127,12 @@ def unpack(source: BinaryIO, dest: Path, limits: Limits = LIMITS) -> list[Entry]
         return done
     except OSError as exc:
         if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise Conflict(f"{dest} is there already and not empty") from exc
+            raise Conflict(f"{dest} cannot be a folder here: something is there already") from exc
         why = "disk full" if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else exc.strerror
         raise Unavailable(f"cannot unpack to {dest}: {why}") from exc
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _write(path: Path, content: Iterator[bytes], mode: int) -> None:

@@ -18,6 +18,10 @@ import joblib
 import pytest
 import skops.io
 from aiohttp import web
+from skl2onnx import to_onnx
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+
 from modelyard.adapters.blobs_dir import DirBlobs, DirGrants
 from modelyard.adapters.images_layout import LayoutImages
 from modelyard.adapters.store_sqlite import SqliteStore
@@ -29,9 +33,6 @@ from modelyard.kernel.service import Context
 from modelyard.kernel.wakes import Wakes
 from modelyard.kernel.web import application, mount
 from modelyard.registry import SERVICE
-from skl2onnx import to_onnx
-from sklearn.datasets import load_iris
-from sklearn.linear_model import LogisticRegression
 
 TOKEN = "a-service-token"
 

@@ -68,7 +68,7 @@ async def test_a_wrong_body_for_an_artifact_that_is_there_is_refused_too(registr
 
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_a_cut_upload_leaves_nothing_behind(registry: Registry, chunked: bool) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", registry.port)
+    _reader, writer = await asyncio.open_connection("127.0.0.1", registry.port)
     size = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 9000000"
     writer.write(b"PUT /v1/artifacts/" + digest(b"never whole").encode() + b" HTTP/1.1\r\nHost: localhost\r\n"
                  b"Content-Type: application/octet-stream\r\n" + size + b"\r\n\r\n")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from modelyard.core.archives import pack
 
+from modelyard.core.archives import pack
 from tests.unit.registry.conftest import Registry
 
 

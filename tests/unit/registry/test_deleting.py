@@ -6,13 +6,13 @@ import asyncio
 from typing import Any
 
 import pytest
+
 from modelyard.core.errors import Conflict
 from modelyard.core.events import Envelope
 from modelyard.core.specs import ModelSpec
 from modelyard.registry import SERVICE, artifacts, holds
 from modelyard.registry.model import Artifact, Model
 from modelyard.registry.register import register, settle
-
 from tests.unit.registry.conftest import Registry, digest
 
 HOLDS = "/internal/v1/models/{}/holds/{}/{}"
