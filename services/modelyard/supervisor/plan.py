@@ -24,7 +24,7 @@ class CannotStart(Exception):
 
 def program(template: Mapping[str, Any]) -> list[str]:
     """The image's entry on this machine: its own Python, isolated from ours."""
-    return [template["python"], "-I", "-S", os.path.join(template["root"], "opt/modelyard/launch.py")]
+    return [template["python"], "-I", "-S", "-u", os.path.join(template["root"], "opt/modelyard/launch.py")]
 
 
 def workdir(template: Mapping[str, Any]) -> str:
@@ -55,7 +55,7 @@ def environment(want: Desired, template: Mapping[str, Any], ordinal: int,
     env |= template["image_env"] | template["env"]
     env |= {name: secret(name, source, environ) for name, source in template["secrets"].items()}
     return env | {
-        "PYTHONUNBUFFERED": "1", "MODELYARD_WORKSPACE": want.workspace, "MODELYARD_DEPLOYMENT": want.name,
+        "MODELYARD_WORKSPACE": want.workspace, "MODELYARD_DEPLOYMENT": want.name,
         "MODELYARD_IMAGE": template["image"], "MODELYARD_REPLICA": str(ordinal),
         "MODELYARD_CAPTURE": json.dumps(template["capture"]), "MODELYARD_LIMITS": json.dumps(template["limits"]),
     }

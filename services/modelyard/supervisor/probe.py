@@ -20,7 +20,8 @@ class NoAnswer(Exception):
 
 async def _within(seconds: float, call: Awaitable[T]) -> T:
     try:
-        return await asyncio.wait_for(call, seconds)
+        async with asyncio.timeout(seconds):  # not wait_for: that can swallow a cancellation on Python 3.11
+            return await call
     except (OSError, EOFError, ValueError, TimeoutError, asyncio.LimitOverrunError) as exc:
         raise NoAnswer(str(exc) or type(exc).__name__) from exc
 

@@ -7,6 +7,7 @@ has the fewest; when that one turns out to be dead it goes to another; when none
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -148,10 +149,9 @@ class Relay:
             if left <= 0:
                 return None
             dead.clear()
-            try:  # a dead replica is noticed within moments, so a short nap is enough when nothing is announced
-                await asyncio.wait_for(changed.wait(), min(left, 0.1))
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):  # a death is noticed in moments: a short nap when none is announced
+                async with asyncio.timeout(min(left, 0.1)):
+                    await changed.wait()
 
     async def _reach(self, backend: Backend) -> _End | None:
         backend.opened()

@@ -106,7 +106,8 @@ class Replica:
             delay = 0.0 if was_ready and self._streak == 1 else min(MAX_DELAY_S, 2.0 ** (self._streak - 1))
             self._log.say(f"[modelyard] {self.reason}; starting again in {delay:g} s")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._cut_short.wait(), delay)
+                async with asyncio.timeout(delay):
+                    await self._cut_short.wait()
             self.restarts += 1
 
     async def _live_once(self) -> tuple[bool, bool]:
@@ -150,7 +151,7 @@ class Replica:
         misses, answered = 0, loop.time()
         memory = in_bytes(self._template["resources"].get("memory"))
         stuck_s = max(STUCK_S, self._template["limits"].get("timeout_ms", 0) / 500)
-        while True:
+        while not child.exited.done():
             await asyncio.sleep(PROBE_S if self.ready else FIRST_PROBE_S)
             try:
                 up = await self._probe()

@@ -63,7 +63,8 @@ class Shipper:
                 lasted = asyncio.get_running_loop().time() - began
                 delay = 1.0 if lasted > MAX_DELAY_S else min(MAX_DELAY_S, delay * 2)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), delay)
+                async with asyncio.timeout(delay):
+                    await self._changed.wait()
 
     def _start(self) -> bool:
         """False when there is no grant yet, or the program cannot be started."""

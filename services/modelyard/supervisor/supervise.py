@@ -58,10 +58,12 @@ class Supervisor:
         self._wake.set()
 
     async def run(self) -> None:
-        """Steps whenever something changed, and twice a second for what changes by time alone."""
+        """Steps whenever something changed, and now and then for what changes by time alone. Raises when it must end:
+        nobody could find it any more without its folder."""
         while not self.stopping:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), LOOK_S if self.candidate else IDLE_S)
+                async with asyncio.timeout(LOOK_S if self.candidate else IDLE_S):
+                    await self._wake.wait()
             self._wake.clear()
             if not self.stopping:
                 self._step()
@@ -112,6 +114,8 @@ class Supervisor:
 
     def _step(self) -> None:
         """One decision, idempotent: from what is, a step towards what is wanted. Waits for nothing."""
+        if not os.path.exists("lock"):
+            raise FileNotFoundError("the run folder was taken away")
         want = self.want
         if want is None:
             return
@@ -168,5 +172,6 @@ class Supervisor:
             roots.add(self.shipper.root)
         state = {"good": self._good, "failed": self._failed, "roll": self._roll, "roots": sorted(roots)}
         if state != self._saved:
-            write_json("state.json", state)
-            self._saved = state
+            with contextlib.suppress(OSError):  # a full disk: what runs goes on, and the next step tries again
+                write_json("state.json", state)
+                self._saved = state
