@@ -79,15 +79,20 @@ def _columns(names: Sequence[Any]) -> list[str]:
 def _table(x: Any) -> tuple[list[str] | None, list[list[Any]]]:
     """(names or None, rows of plain values) of anything that ``collect`` takes."""
     if hasattr(x, "columns") and hasattr(x, "to_numpy"):
-        return [str(c) for c in x.columns], _plain(x.astype(object).to_numpy())
+        return [str(c) for c in x.columns], _plain(_frame(x))
     if hasattr(x, "to_numpy"):
-        return None, _plain(x.to_numpy())
+        return None, _plain(_frame(x))
     if isinstance(x, Mapping):
         values = [_plain_column(v) for v in x.values()]
         if len({len(v) for v in values}) > 1:
             raise ValueError("the columns of a dict need the same length")
         return [str(k) for k in x], [list(row) for row in zip(*values, strict=True)]
     return None, _plain(x)
+
+
+def _frame(x: Any) -> Any:
+    """A frame's or a series' values; what pandas calls missing is None."""
+    return x.astype(object).where(x.notna(), None).to_numpy()
 
 
 def _plain(x: Any) -> list[list[Any]]:

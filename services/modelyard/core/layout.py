@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from .errors import Invalid
 
-DIGEST = re.compile(r"^sha256:([0-9a-f]{64})$")
-IMAGE = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._\-]*):([1-9][0-9]*)$")
-REPLICA = re.compile(r"^[0-9]{1,6}-[0-9a-f]{8}$")
+DIGEST = re.compile(r"^sha256:([0-9a-f]{64})\Z")
+IMAGE = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._\-]*):([1-9][0-9]*)\Z")
+REPLICA = re.compile(r"^[0-9]{1,6}-[0-9a-f]{8}\Z")
 """One life of one scoring server process: its ordinal and eight random hexadecimal digits."""
-COLLECTOR_NAME = re.compile(r"^[A-Za-z0-9](?:[A-Za-z0-9_\-]|\.(?=[A-Za-z0-9_\-])){0,63}$")
-SEGMENT_NAME = re.compile(r"^([0-9]{1,6}-[0-9a-f]{8})-([0-9]{8,12})\.seg$")
+COLLECTOR_NAME = re.compile(r"^[A-Za-z0-9](?:[A-Za-z0-9_\-]|\.(?=[A-Za-z0-9_\-])){0,63}\Z")
+SEGMENT_NAME = re.compile(r"^([0-9]{1,6}-[0-9a-f]{8})-([0-9]{8,12})\.seg\Z")
 
 
 class SegmentName(NamedTuple):

@@ -54,20 +54,20 @@ class Shipper:
         while not self.stopping.is_set():
             if time.monotonic() - adopted >= ADOPT_S:
                 adopted = time.monotonic()
-                adopt_dead(self.spool, time.time() - LEFTOVER_S)
+                await self._adopt()
             await self._pause(LOOK_S if await self.drain() else self._longer())
-        adopt_dead(self.spool, time.time() - LEFTOVER_S)
+        await self._adopt()
         await self.drain()
 
     async def once(self) -> bool:
         """Drains the spool, dead writers' tails included; False when something is left that could not be shipped."""
-        adopt_dead(self.spool, time.time() - LEFTOVER_S)
+        await self._adopt()
         return await self.drain()
 
     async def drain(self) -> bool:
         """One pass over what is closed, in order; False at the first thing that the store did not take."""
         unread = 0
-        for path in closed_segments(self.spool):
+        for path in await asyncio.to_thread(closed_segments, self.spool):
             try:
                 data = await asyncio.to_thread(path.read_bytes)
             except OSError as exc:  # this one file: the others go on
@@ -75,23 +75,28 @@ class Shipper:
                 self._say(f"cannot read {path.name}: {exc}")
                 continue
             try:
-                await self._grant().put(path.name, data)
+                await (await self._grant()).put(path.name, data)
             except (ModelyardError, OSError, ValueError) as exc:
                 self._say(f"cannot ship: {exc}")
                 return False
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            await asyncio.to_thread(path.unlink, missing_ok=True)
             self._wait, self._said = FIRST_WAIT_S, ""
         return not unread
 
-    def _grant(self) -> Grant:
+    async def _adopt(self) -> None:
+        await asyncio.to_thread(adopt_dead, self.spool, time.time() - LEFTOVER_S)
+
+    async def _grant(self) -> Grant:
         """Opened anew when the URL changed."""
-        url = self.given
-        with contextlib.suppress(OSError):
-            url = (self.spool / GRANT).read_text().strip() or url
+        url = await asyncio.to_thread(self._url)
         if self._opened is None or self._opened[0] != url:
             self._opened = (url, self.open_grant(url))
         return self._opened[1]
+
+    def _url(self) -> str:
+        with contextlib.suppress(OSError):
+            return (self.spool / GRANT).read_text().strip() or self.given
+        return self.given
 
     def _longer(self) -> float:
         wait, self._wait = self._wait, min(self._wait * 2, LONGEST_WAIT_S)
