@@ -27,6 +27,8 @@ D = TypeVar("D", bound=Document)
 T = TypeVar("T")
 DOCUMENT_LIMIT = 1024 * 1024
 MAX_WAIT_S = 60.0
+GONE_S = 5.0
+"""So often is it seen whether a silent stream's caller is still there."""
 CHUNK = 64 * 1024
 CLOSING: web.AppKey[asyncio.Event] = web.AppKey("closing", asyncio.Event)
 _ETAG = re.compile(r'^"?([0-9]{1,19})"?$')
@@ -179,9 +181,14 @@ class Call:
             left = end - clock.time()
             if left <= 0 or self.closing.is_set() or until(doc):
                 return doc
+            self._still_there()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.closing.wait(), min(pause, left))
             pause = min(pause * 1.5, 0.25)
+
+    def _still_there(self) -> None:
+        if self.request.transport is None or self.request.transport.is_closing():
+            raise ConnectionResetError("the caller is gone")
 
     # -- answers --------------------------------------------------------------------------------------------------
 
@@ -221,13 +228,16 @@ class Call:
             await _end(source)
 
     async def next(self, source: AsyncIterator[T], follow: bool = True) -> T | None:
-        """The next item; None at the end, and (``follow``) when the server stops."""
+        """The next item; None at the end, and (``follow``) when the server stops. A caller who left meanwhile ends the
+        request (ConnectionError), so that nobody follows for nobody."""
         if not follow:
             return await anext(source, None)
         item = asyncio.ensure_future(anext(source, None))
         closing = asyncio.ensure_future(self.closing.wait())
         try:
-            await asyncio.wait({item, closing}, return_when=asyncio.FIRST_COMPLETED)
+            waited: set[asyncio.Future[Any]] = {item, closing}
+            while not (await asyncio.wait(waited, timeout=GONE_S, return_when=asyncio.FIRST_COMPLETED))[0]:
+                self._still_there()
             return item.result() if item.done() else None
         finally:
             for task in (item, closing):

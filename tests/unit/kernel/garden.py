@@ -59,6 +59,7 @@ class Soil:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     fed: list[int] = field(default_factory=list)
     refuse_events: bool = False
+    ended: int = 0
 
 
 def routes_of(soil: Soil, prefix: str) -> Any:
@@ -129,9 +130,14 @@ def routes_of(soil: Soil, prefix: str) -> Any:
                 yield b"x" * min(65536, size - start)
                 if "break" in call.query:
                     raise Unavailable("the bed is flooded")
-            while "endless" in call.query:
-                yield b"x"
-                await asyncio.sleep(0.02)
+            try:
+                while "endless" in call.query:
+                    yield b"x"
+                    await asyncio.sleep(0.02)
+                    if "silent" in call.query:
+                        await soil.gate.wait()
+            finally:
+                soil.ended += 1
 
         return await call.stream(chunks(), length=None if "endless" in call.query else size,
                                  follow="endless" in call.query)
@@ -153,7 +159,7 @@ def routes_of(soil: Soil, prefix: str) -> Any:
             Route("PUT", prefix + "/{ref}/feed", feed, "Streams in", raw=True, status=201),
             Route("POST", prefix + "/{ref}/feed", feed, "Streams in", raw=True, status=201),
             Route("GET", prefix + "/{ref}/content", content, "Streams out",
-                  query={"size": "bytes", "absent": "", "break": "", "endless": ""}),
+                  query={"size": "bytes", "absent": "", "break": "", "endless": "", "silent": ""}),
             Route("POST", prefix + "/{ref}/boom", boom, "Fails"),
             Route("GET", "/internal" + prefix + "/{ref}", internal, "For services"),
         ]

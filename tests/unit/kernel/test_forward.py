@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from modelyard.core.errors import Conflict, Denied, InUse, Invalid, NotFound, TooLarge, Unavailable
+from modelyard.core.errors import Conflict, Denied, InUse, Invalid, ModelyardError, NotFound, TooLarge, Unavailable
 from modelyard.kernel.forward import Peers
 from tests.unit.kernel.garden import SERVICE_TOKEN, Yard, yard
 

@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 
 from modelyard.core.errors import BuildFailed, Denied, Unavailable
+from modelyard.kernel import call
 from tests.unit.kernel.garden import Plant, Yard, yard
 
 YAML = {"content-type": "application/yaml"}
@@ -238,6 +239,20 @@ async def test_a_stream_that_breaks_is_seen(here: Yard) -> None:
     is_problem(headers, body, 404, "not-found")
     with pytest.raises((aiohttp.ClientPayloadError, aiohttp.ClientConnectionError)):
         await here.call("GET", "/v1/plants/rose/content?break=1&size=200000")
+
+
+async def test_nobody_follows_for_nobody(here: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call, "GONE_S", 0.05)
+    async with here.http.get(here.url + "/v1/plants/rose/content?endless=1&silent=1") as answer:
+        await answer.content.readexactly(11)
+        await asyncio.sleep(0.2)
+        assert here.soil.ended == 0
+        answer.close()
+    for _ in range(100):
+        if here.soil.ended:
+            break
+        await asyncio.sleep(0.02)
+    assert here.soil.ended == 1
 
 
 async def test_a_cut_upload_is_an_error_for_the_handler(here: Yard) -> None:
