@@ -9,37 +9,21 @@ import signal
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modelyard.adapters.blobs_dir import DirGrants
-from modelyard.adapters.images_layout import LayoutImages
-from modelyard.adapters.urls import open_target
+from modelyard.adapters import urls
 from modelyard.core.errors import Conflict, NotFound
 from modelyard.ports.blobs import CaptureGrants
 from modelyard.ports.images import ImageStore
 from modelyard.ports.targets import DeploymentTarget, Observed, Workload
 from tests import handmade
+from tests.backends import backends, url_of
 
 WHO = "import os\n\ndef run(data):\n    return {'who': os.environ.get('WHO', 'nobody'), 'pid': os.getpid()}\n"
-
-
-@asynccontextmanager
-async def process(tmp_path: Path) -> AsyncIterator[tuple[DeploymentTarget, ImageStore, Callable[[], Any]]]:
-    images = LayoutImages(tmp_path / "images")
-
-    async def again() -> DeploymentTarget:
-        return await open_target("local", "process://", images=images, data=tmp_path)
-
-    yield await again(), images, again
-    await images.close()
-
-
-TARGETS = [pytest.param(process, id="process")]
 
 
 @dataclass
@@ -76,13 +60,22 @@ class Bench:
                                 name=workload.name)
 
 
-@pytest.fixture(params=TARGETS)
+@pytest.fixture(params=backends("targets"))
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
-    async with request.param(tmp_path) as (target, images, again):
-        bench = Bench(target, images, DirGrants(tmp_path / "blobs"), again)
-        yield bench
-        for workspace, name in await bench.target.list():
-            await bench.target.remove(workspace, name)
+    url = url_of(request.param, tmp_path)
+    images = await urls.open_images(f"oci-layout://{tmp_path}/images")
+    grants = await urls.open_grants(f"file://{tmp_path}/blobs")
+
+    async def again() -> DeploymentTarget:
+        return await urls.open_target("local", url, images=images, data=tmp_path)
+
+    bench = Bench(await again(), images, grants, again)
+    await bench.target.check()
+    yield bench
+    for workspace, name in await bench.target.list():
+        await bench.target.remove(workspace, name)
+    for port in (bench.target, bench.target, grants, images):
+        await port.close()
 
 
 async def score(seen: Observed) -> dict[str, Any]:
@@ -221,7 +214,7 @@ async def test_the_log_is_told_line_by_line_and_followed(bench: Bench) -> None:
         return b"".join([part async for part in bench.target.logs("default", "iris", tail)]).decode().splitlines()
 
     async with asyncio.timeout(10):
-        while not any(line.startswith(f"{name} ") and line.endswith("scored 1") for line in await lines(50)):
+        while not any(line.startswith(f"{name} ") and line.endswith("scored {'data': 1}") for line in await lines(50)):
             await asyncio.sleep(0.05)
     assert len(await lines(1)) == 1
 
