@@ -36,7 +36,7 @@ class Model(Document):
 
     kind = "model"
     indexed = frozenset({"name", "place", "marks", "artifact", "framework", "run", "tags", "properties"})
-    hidden = frozenset({"place", "marks", "holds"})
+    hidden = frozenset({"marks", "holds"})   # and ``place``, which lists may be ordered by
 
     name: str
     version: int
@@ -66,7 +66,7 @@ class Model(Document):
         return sorted(holder for kind, holder in map(split_hold, self.holds) if kind == "alias")
 
     def view(self) -> dict[str, Any]:
-        return {**super().view(), "aliases": self.aliases}
+        return {k: v for k, v in super().view().items() if k != "place"} | {"aliases": self.aliases}
 
     @property
     def download_name(self) -> str:
