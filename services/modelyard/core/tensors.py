@@ -83,8 +83,8 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memory
     if len(raw) != total * ITEM[datatype]:
         raise bad(name, f"{datatype} of shape {list(shape)} needs {total * ITEM[datatype]} raw bytes, not {len(raw)}")
     if datatype == "BF16":
-        wide: Array = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
-        return wide.reshape(tuple(shape))
+        upper = np.frombuffer(raw, "<u2").astype(np.uint32) << 16
+        return upper.view(np.float32).reshape(tuple(shape))
     if datatype == "BOOL":
         return (np.frombuffer(raw, "u1") != 0).reshape(tuple(shape))
     return np.frombuffer(raw, "<" + DTYPES[datatype]).reshape(tuple(shape))

@@ -6,6 +6,8 @@ import sys
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..core.errors import Invalid
@@ -52,17 +54,17 @@ def openers(image: Image) -> list[tuple[tuple[Model, ...], Callable[[], Runner]]
         return [(image.models, lambda: ScoreRunner(score))]
     if not image.models:
         raise CannotStart("the image has neither a scoring file nor a model")
-    return [((model,), _flavour(model)) for model in image.models]
+    return [((model,), partial(_flavour, model)) for model in image.models]
 
 
-def _flavour(model: Model) -> Callable[[], Runner]:
+def _flavour(model: Model) -> Runner:
     framework, suffix = model.framework, model.path.suffix
     if framework == "mlflow" or (model.path.is_dir() and (model.path / "MLmodel").is_file()):
-        return lambda: _mlflow(model)
+        return _mlflow(model)
     if framework == "onnx" or (not framework and suffix == ".onnx"):
-        return lambda: _onnx(model)
+        return _onnx(model)
     if framework == "scikit-learn" or (not framework and suffix in (".skops", ".joblib", ".pkl")):
-        return lambda: _sklearn(model)
+        return _sklearn(model)
     raise CannotStart(f"model {model.id} of framework '{framework or 'none'}' needs a scoring file: only onnx and "
                       "scikit-learn models answer without one")
 
@@ -81,8 +83,6 @@ def _sklearn(model: Model) -> Runner:
 
 def _mlflow(model: Model) -> Runner:
     """An MLflow folder by the file that its flavour leaves in it."""
-    from dataclasses import replace
-
     for name, make in (("model.onnx", _onnx), ("model.skops", _sklearn), ("model.pkl", _sklearn)):
         if (model.path / name).is_file():
             return make(replace(model, path=model.path / name))

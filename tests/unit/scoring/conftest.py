@@ -38,8 +38,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def two_models(files: dict[str, Path]) -> list[dict[str, Any]]:
-    return [{"name": "iris", "version": 4, "file": files["skops"], "framework": "scikit-learn"},
-            {"name": "iris-onnx", "version": 2, "file": files["onnx"], "framework": "onnx"}]
+    return [
+        {"name": "iris", "version": 4, "file": files["skops"], "framework": "scikit-learn"},
+        {"name": "iris-onnx", "version": 2, "file": files["onnx"], "framework": "onnx"},
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
@@ -23,10 +24,15 @@ from tests.unit.scoring.roots import make_root
 
 
 @contextlib.asynccontextmanager
-async def open_plane(folder: Path, score: str | None = None, models: Sequence[Mapping[str, Any]] = (),
-                     log: CaptureLog | None = None, **limits: int) -> AsyncIterator[DataPlane]:
+async def open_plane(
+    folder: Path,
+    score: str | None = None,
+    models: Sequence[Mapping[str, Any]] = (),
+    log: CaptureLog | None = None,
+    **limits: int,
+) -> AsyncIterator[DataPlane]:
     plane = DataPlane("flower", Limits(**limits), log)
-    await plane.load(Image.read(make_root(folder, score, models)), "7")
+    await plane.load(await asyncio.to_thread(lambda: Image.read(make_root(folder, score, models))), "7")
     try:
         yield plane
     finally:
@@ -54,8 +60,10 @@ async def infer(plane: DataPlane, *arrays: Any, **named: Any) -> dict[str, Any]:
     answer = (await plane.handle([grpc_call("flower", *tensors)]))[0]
     if answer.error is not None:
         raise answer.error
-    return {t.name: json.loads(t.array.item()) if t.parameters.get("content_type") == JSON else t.array.tolist()
-            for t in read_response(answer.body).tensors}
+    return {
+        t.name: json.loads(t.array.item()) if t.parameters.get("content_type") == JSON else t.array.tolist()
+        for t in read_response(answer.body).tensors
+    }
 
 
 async def score(plane: DataPlane, body: Any) -> Any:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,14 +40,22 @@ def make_root(folder: Path, score: str | None = None, models: Sequence[Mapping[s
         path = f"models/{fields['name']}/{fields['version']}/{file.name}"
         (root / path).parent.mkdir(parents=True)
         shutil.copy(file, root / path)
-        entries.append({"framework": None, "framework_version": None, "trusted": False, "properties": {},
-                        **fields, "path": path})
+        entries.append(
+            {"framework": None, "framework_version": None, "trusted": False, "properties": {}, **fields, "path": path}
+        )
     if score is not None:
         (root / "score").mkdir()
         (root / "score" / "score.py").write_text(score)
-    (root / "image.json").write_text(json.dumps({
-        "format": 1, "python": f"3.{sys.version_info[1]}", "score": "score/score.py" if score is not None else None,
-        "models": entries}))
+    (root / "image.json").write_text(
+        json.dumps(
+            {
+                "format": 1,
+                "python": f"3.{sys.version_info[1]}",
+                "score": "score/score.py" if score is not None else None,
+                "models": entries,
+            }
+        )
+    )
     return root
 
 
@@ -101,23 +110,45 @@ def free_ports(count: int) -> list[int]:
             s.close()
 
 
+def command(root: Path) -> list[str]:
+    """As the target starts it: the base Python, isolated, without site packages of its own."""
+    return [getattr(sys, "_base_executable", sys.executable), "-I", "-S", str(root / "launch.py")]
+
+
 @contextlib.contextmanager
-def launch(root: Path, *, wait: bool = True, env: Mapping[str, str] | None = None, spool: Path | None = None,
-           limits: Mapping[str, int] | None = None, deployment: str = "flower", image: str = "iris-scorer:7",
-           capture: Mapping[str, Any] | None = None) -> Iterator[Replica]:
+def launch(
+    root: Path,
+    *,
+    wait: bool = True,
+    env: Mapping[str, str] | None = None,
+    spool: Path | None = None,
+    limits: Mapping[str, int] | None = None,
+    deployment: str = "flower",
+    image: str = "iris-scorer:7",
+    capture: Mapping[str, Any] | None = None,
+) -> Iterator[Replica]:
     """A replica; killed at the end if it still runs."""
     ports = [f"127.0.0.1:{port}" for port in free_ports(3)]
     log = root.parent / "replica.log"
     arguments = ["serve", "--grpc", ports[0], "--http", ports[1], "--admin", ports[2]]
     if spool is not None:
         arguments += ["--spool", str(spool)]
-    base = getattr(sys, "_base_executable", sys.executable)
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [base, "-I", "-S", str(root / "launch.py"), *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-            env={"PATH": os.environ["PATH"], "MODELYARD_DEPLOYMENT": deployment, "MODELYARD_IMAGE": image,
-                 "MODELYARD_LIMITS": json.dumps(limits or {}), "MODELYARD_CAPTURE": json.dumps(capture or {}),
-                 "OMP_NUM_THREADS": "1", **(env or {})})
+            [*command(root), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env={
+                "PATH": os.environ["PATH"],
+                "MODELYARD_DEPLOYMENT": deployment,
+                "MODELYARD_IMAGE": image,
+                "MODELYARD_LIMITS": json.dumps(limits or {}),
+                "MODELYARD_CAPTURE": json.dumps(capture or {}),
+                "OMP_NUM_THREADS": "1",
+                **(env or {}),
+            },
+        )
     replica = Replica(process, *ports, log)
     try:
         if wait:

@@ -17,10 +17,14 @@ ALLOWED = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
 SEEDS = [
     write_request(Inference("flower", tensors=[Tensor("x", FLOWER)])),
     write_request(Inference("flower", tensors=[Tensor("x", FLOWER)], raw=False, outputs=("predict",))),
-    write_request(Inference("iris", "4", "id", {"p": 1}, [Tensor("t", np.array([["a", "bc"]])), Tensor("h", FLOWER.astype("f2"))])),
+    write_request(
+        Inference("iris", "4", "id", {"p": 1}, [Tensor("t", np.array([["a", "bc"]])), Tensor("h", FLOWER.astype("f2"))])
+    ),
 ]
-JSON_SEED = (b'{"id": "1", "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [5, 3, 1, 0],'
-             b'"parameters": {}}], "outputs": [{"name": "predict", "parameters": {"binary_data": true}}]}')
+JSON_SEED = (
+    b'{"id": "1", "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [5, 3, 1, 0],'
+    b'"parameters": {}}], "outputs": [{"name": "predict", "parameters": {"binary_data": true}}]}'
+)
 
 
 def mutate(seed: bytes, dice: random.Random) -> bytes:
@@ -31,13 +35,13 @@ def mutate(seed: bytes, dice: random.Random) -> bytes:
         if what == 0 and at < len(raw):
             raw[at] ^= 1 << dice.randrange(8)
         elif what == 1:
-            del raw[at:at + dice.randint(1, 9)]
+            del raw[at : at + dice.randint(1, 9)]
         elif what == 2:
             raw[at:at] = dice.randbytes(dice.randint(1, 9))
         elif what == 3 and at < len(raw):
             raw[at] = dice.choice((0, 0x7F, 0x80, 0xFF))
         else:
-            raw[at:at] = raw[:dice.randint(0, len(raw))]
+            raw[at:at] = raw[: dice.randint(0, len(raw))]
     return bytes(raw)
 
 
@@ -52,8 +56,15 @@ async def test_damaged_requests(tmp_path: Path, two_models: list[dict[str, Any]]
                 codec, body, kind = ScoreCodec(), mutate(b'{"data": [[5.1, 3.5, 1.4, 0.2]]}', dice), ""
             else:
                 codec, body, kind = dice.choice((GrpcCodec(), StreamCodec())), mutate(dice.choice(SEEDS), dice), PROTO
-            call = Call("grpc", "ModelInfer", body, kind, codec, model="flower" if kind != PROTO else "",
-                        options=dice.choice((None, 10, len(body))) if kind == BINARY else None)
+            call = Call(
+                "grpc",
+                "ModelInfer",
+                body,
+                kind,
+                codec,
+                model="flower" if kind != PROTO else "",
+                options=dice.choice((None, 10, len(body))) if kind == BINARY else None,
+            )
             answer = (await plane.handle([call]))[0]
             assert answer.status in ALLOWED, (answer.error, body)
             seen[answer.status] = seen.get(answer.status, 0) + 1

@@ -19,8 +19,10 @@ from modelyard.scoring.settings import Limits
 from tests.unit.scoring.planes import grpc_call, infer, open_plane, rest_call, score, score_call
 
 FLOWER = np.array([[5.1, 3.5, 1.4, 0.2]])
-SLEEPER = ("import time\nran = []\ndef run(data):\n    if data == 'ran':\n        return ran\n    time.sleep(data)\n"
-           "    ran.append(data)\n    return data\n")
+SLEEPER = (
+    "import time\nran = []\ndef run(data):\n    if data == 'ran':\n        return ran\n    time.sleep(data)\n"
+    "    ran.append(data)\n    return data\n"
+)
 
 
 class Seen(CaptureLog):
@@ -54,8 +56,9 @@ async def statuses(plane: DataPlane, *calls: Any) -> list[str]:
 async def test_each_flavour_answers_under_its_name(tmp_path: Path, two_models: list[dict[str, Any]]) -> None:
     async with open_plane(tmp_path, models=two_models) as plane:
         assert plane.table.names == ["iris", "iris-onnx"], "two models: the deployment's name means neither"
-        sk, onnx = await plane.handle([grpc_call("iris", Tensor("any", FLOWER)),
-                                       grpc_call("iris-onnx", Tensor("any", FLOWER.astype("f4")))])
+        sk, onnx = await plane.handle(
+            [grpc_call("iris", Tensor("any", FLOWER)), grpc_call("iris-onnx", Tensor("any", FLOWER.astype("f4")))]
+        )
         answer = read_response(sk.body)
         assert (answer.model, answer.version, sk.model) == ("iris", "4", "iris:4")
         assert [(t.name, t.array.tolist()) for t in answer.tensors] == [("predict", [0])]
@@ -63,13 +66,21 @@ async def test_each_flavour_answers_under_its_name(tmp_path: Path, two_models: l
         assert outputs["label"].tolist() == [0] and outputs["probabilities"].shape == (1, 3)
         asked = (await plane.handle([grpc_call("iris", Tensor("x", FLOWER), outputs=("predict_proba", "predict"))]))[0]
         assert [t.name for t in read_response(asked.body).tensors] == ["predict_proba", "predict"]
-        refused = await plane.handle([
-            grpc_call("flower", Tensor("x", FLOWER)), grpc_call("iris", Tensor("x", FLOWER), version="5"),
-            score_call({"data": FLOWER.tolist()}), grpc_call("iris", Tensor("x", FLOWER), outputs=("no",)),
-            grpc_call("iris", Tensor("x", FLOWER[:, :3])), grpc_call("iris-onnx", Tensor("x", FLOWER[0])),
-            grpc_call("iris", Tensor("x", FLOWER * np.nan)), grpc_call("iris"), grpc_call("iris-onnx"),
-            grpc_call("iris-onnx", Tensor("x", np.array([["a"] * 4]))),
-            grpc_call("iris", Tensor("x", FLOWER), Tensor("y", FLOWER))])
+        refused = await plane.handle(
+            [
+                grpc_call("flower", Tensor("x", FLOWER)),
+                grpc_call("iris", Tensor("x", FLOWER), version="5"),
+                score_call({"data": FLOWER.tolist()}),
+                grpc_call("iris", Tensor("x", FLOWER), outputs=("no",)),
+                grpc_call("iris", Tensor("x", FLOWER[:, :3])),
+                grpc_call("iris-onnx", Tensor("x", FLOWER[0])),
+                grpc_call("iris", Tensor("x", FLOWER * np.nan)),
+                grpc_call("iris"),
+                grpc_call("iris-onnx"),
+                grpc_call("iris-onnx", Tensor("x", np.array([["a"] * 4]))),
+                grpc_call("iris", Tensor("x", FLOWER), Tensor("y", FLOWER)),
+            ]
+        )
         assert [a.status for a in refused] == ["NOT_FOUND"] * 3 + ["INVALID_ARGUMENT"] * 8
         assert "iris, iris-onnx" in str(refused[0].error)
 
@@ -80,8 +91,12 @@ async def test_one_model_answers_under_both_names(tmp_path: Path, two_models: li
         assert await score(plane, {"data": FLOWER.tolist()}) == [0]
         body = {"id": "9", "inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [5, 3, 1, 0]}]}
         answer = (await plane.handle([rest_call("iris", body)]))[0]
-        assert json.loads(answer.body) == {"model_name": "iris", "model_version": "4", "id": "9", "outputs": [
-            {"name": "predict", "datatype": "INT64", "shape": [1], "data": [0]}]}
+        assert json.loads(answer.body) == {
+            "model_name": "iris",
+            "model_version": "4",
+            "id": "9",
+            "outputs": [{"name": "predict", "datatype": "INT64", "shape": [1], "data": [0]}],
+        }
 
 
 async def test_a_scoring_file_hides_its_models(tmp_path: Path, two_models: list[dict[str, Any]]) -> None:
@@ -117,9 +132,12 @@ async def test_models_that_are_not_what_they_claim(tmp_path: Path, files: dict[s
 
     odd = tmp_path / "odd.skops"
     skops.io.dump(FunctionTransformer(time.sleep), odd)
-    cases = [({"file": odd}, "time.sleep|not trusted"), ({"file": files["onnx"], "framework": "scikit-learn"}, "pickle"),
-             ({"file": files["skops"], "framework": "onnx"}, "not an ONNX graph"),
-             ({"file": files["onnx"], "framework": "pytorch"}, "scoring file")]
+    cases = [
+        ({"file": odd}, "time.sleep|not trusted"),
+        ({"file": files["onnx"], "framework": "scikit-learn"}, "pickle"),
+        ({"file": files["skops"], "framework": "onnx"}, "not an ONNX graph"),
+        ({"file": files["onnx"], "framework": "pytorch"}, "scoring file"),
+    ]
     for n, (fields, said) in enumerate(cases):
         with pytest.raises(CannotStart, match=said):
             async with open_plane(tmp_path / str(n), models=[{"name": "m", "version": 1, **fields}]):
@@ -166,7 +184,11 @@ async def test_timeout_of_the_deployment(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["def", "async def"])
 async def test_a_caller_that_left_is_not_served(tmp_path: Path, log: Seen, kind: str) -> None:
     sleep = "await asyncio.sleep(data)" if "async" in kind else "time.sleep(data)"
-    code = SLEEPER.replace("def run", f"{kind} run").replace("time.sleep(data)", sleep).replace("import time", "import time, asyncio")
+    code = (
+        SLEEPER.replace("def run", f"{kind} run")
+        .replace("time.sleep(data)", sleep)
+        .replace("import time", "import time, asyncio")
+    )
     async with open_plane(tmp_path, code, log=log) as plane:
         task = asyncio.ensure_future(plane.handle([score_call(0.1), score_call(0.2)]))
         await asyncio.sleep(0.03)
@@ -192,33 +214,56 @@ async def test_slow_user_code_does_not_block_the_loop(tmp_path: Path) -> None:
         assert longest < 0.2
 
 
-async def test_capture_has_every_admitted_call_before_its_answer(tmp_path: Path, log: Seen,
-                                                                 two_models: list[dict[str, Any]]) -> None:
+async def test_capture_has_every_admitted_call_before_its_answer(
+    tmp_path: Path, log: Seen, two_models: list[dict[str, Any]]
+) -> None:
     async with open_plane(tmp_path, models=two_models, log=log) as plane:
-        calls = [grpc_call("iris", Tensor("x", FLOWER)), grpc_call("iris", Tensor("x", FLOWER[0])), grpc_call("nobody"),
-                 rest_call("iris", {"inputs": []}), grpc_call("iris", Tensor("x", np.zeros((3000, 4))))]
+        calls = [
+            grpc_call("iris", Tensor("x", FLOWER)),
+            grpc_call("iris", Tensor("x", FLOWER[0])),
+            grpc_call("nobody"),
+            rest_call("iris", {"inputs": []}),
+            grpc_call("iris", Tensor("x", np.zeros((3000, 4)))),
+        ]
         calls[0].request_id, calls[0].trace_id = "r-1", "0af7651916cd43dd8448eb211c80319c"
         plane.limits = Limits(max_message_bytes=65_536)
         answers = await plane.handle(calls)
-        assert [a.status for a in answers] == ["OK", "INVALID_ARGUMENT", "NOT_FOUND", "INVALID_ARGUMENT",
-                                               "RESOURCE_EXHAUSTED"]
+        assert [a.status for a in answers] == [
+            "OK",
+            "INVALID_ARGUMENT",
+            "NOT_FOUND",
+            "INVALID_ARGUMENT",
+            "RESOURCE_EXHAUSTED",
+        ]
         assert log.refusals == [("(unknown)", "NOT_FOUND"), ("(unknown)", "RESOURCE_EXHAUSTED")]
         by_id = {f.prediction_id: f for f in log.finished}
         assert set(by_id) == {a.prediction_id for a in answers if a.status in ("OK", "INVALID_ARGUMENT")}
         first = by_id[answers[0].prediction_id]
         assert (first.request, first.response) == (calls[0].body, answers[0].body), "bytes as they were on the wire"
         assert (first.request_id, first.trace_id, first.model, first.protocol) == (
-            "r-1", calls[0].trace_id, "iris:4", "grpc")
+            "r-1",
+            calls[0].trace_id,
+            "iris:4",
+            "grpc",
+        )
         assert first.latency_ns >= first.queue_ns >= 0 and abs(first.started_ns - time.time_ns()) < 60e9
         assert json.loads(by_id[answers[3].prediction_id].response)["status"] == 400
         assert log.totals["recorded"] == 3 and log.totals["refused"] == 2
 
 
-async def test_a_full_spool_refuses_when_the_policy_says_so(tmp_path: Path) -> None:
-    log = CaptureLog.open(tmp_path / "spool", "0-0a1b2c3d", {}, {"enabled": True, "on_pressure": "reject", "spool_bytes": 1})
-    async with open_plane(tmp_path, SLEEPER, log=log) as plane:
-        assert await statuses(plane, score_call(0)) == ["RESOURCE_EXHAUSTED"]
+@pytest.fixture(params=["reject", "block"])
+def full(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    policy = {"enabled": True, "on_pressure": request.param, "spool_bytes": 1}
+    log = CaptureLog.open(tmp_path / "spool", "0-0a1b2c3d", {}, policy)
+    yield log
     log.close()
+
+
+async def test_a_full_spool_refuses_or_waits_when_the_policy_says_so(tmp_path: Path, full: CaptureLog) -> None:
+    async with open_plane(tmp_path, SLEEPER, log=full, timeout_ms=300) as plane:
+        began = time.monotonic()
+        assert await statuses(plane, score_call(0)) == ["RESOURCE_EXHAUSTED"]
+        assert (time.monotonic() - began >= 0.3) == (full.on_pressure == "block")
 
 
 async def test_short_predictions_of_ours_run_inline(tmp_path: Path, two_models: list[dict[str, Any]]) -> None:

@@ -37,9 +37,12 @@ async def test_frame(tmp_path: Path) -> None:
     code = HEAD + "def run(data: pd.DataFrame):\n    data['n'] = len(data.columns)\n    return data\n"
     async with open_plane(tmp_path, code) as plane:
         by_column = {"a": [1, 2], "b": ["x", "y"], "n": [2, 2]}
-        for body in ({"a": [1, 2], "b": ["x", "y"]}, {"data": {"a": [1, 2], "b": ["x", "y"]}},
-                     {"data": [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]},
-                     {"columns": ["a", "b"], "index": [0, 1], "data": [[1, "x"], [2, "y"]]}):
+        for body in (
+            {"a": [1, 2], "b": ["x", "y"]},
+            {"data": {"a": [1, 2], "b": ["x", "y"]}},
+            {"data": [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]},
+            {"columns": ["a", "b"], "index": [0, 1], "data": [[1, "x"], [2, "y"]]},
+        ):
             assert await score(plane, body) == by_column
         assert await infer(plane, a=[1, 2], b=["x", "y"]) == {"a": [1, 2], "b": [b"x", b"y"], "n": [2, 2]}
         assert await infer(plane, ROWS) == {"0": [1.0, 3.0], "1": [2.0, 4.0], "n": [2, 2]}
@@ -77,20 +80,23 @@ async def test_unparsed_body(tmp_path: Path) -> None:
         assert await score(plane, b"\xff\x00not json") == 10
         assert await infer(plane, Tensor("picture", objects("picture", [b"\xff\xd8"], [1]), "BYTES")) == {"output-0": 2}
     async with open_plane(tmp_path / "str", "def run(text: str):\n    return text\n") as plane:
-        assert await score(plane, '{"a": 1}'.encode()) == '{"a": 1}'
+        assert await score(plane, b'{"a": 1}') == '{"a": 1}'
         with pytest.raises(Invalid, match="UTF-8"):
             await score(plane, b"\xff")
 
 
-@pytest.mark.parametrize(("expression", "plain", "tensors"), [
-    ("np.array([[1.5]])", [[1.5]], {"output-0": [[1.5]]}),
-    ("{'a': np.array([1]), 'b': np.array(['x'])}", {"a": [1], "b": ["x"]}, {"a": [1], "b": [b"x"]}),
-    ("pd.DataFrame({'a': [1], 'b': ['x']})", {"a": [1], "b": ["x"]}, {"a": [1], "b": [b"x"]}),
-    ("{'label': 'x', 'p': np.float32(0.5)}", {"label": "x", "p": 0.5}, {"output-0": {"label": "x", "p": 0.5}}),
-    ("None", None, {"output-0": None}),
-    ("[1, (2, 3), {'a'}]", [1, [2, 3], ["a"]], {"output-0": [1, [2, 3], ["a"]]}),
-    ("[np.array([1, 2]).T, pd.Series([3])]", [[1, 2], [3]], {"output-0": [[1, 2], [3]]}),
-])
+@pytest.mark.parametrize(
+    ("expression", "plain", "tensors"),
+    [
+        ("np.array([[1.5]])", [[1.5]], {"output-0": [[1.5]]}),
+        ("{'a': np.array([1]), 'b': np.array(['x'])}", {"a": [1], "b": ["x"]}, {"a": [1], "b": [b"x"]}),
+        ("pd.DataFrame({'a': [1], 'b': ['x']})", {"a": [1], "b": ["x"]}, {"a": [1], "b": [b"x"]}),
+        ("{'label': 'x', 'p': np.float32(0.5)}", {"label": "x", "p": 0.5}, {"output-0": {"label": "x", "p": 0.5}}),
+        ("None", None, {"output-0": None}),
+        ("[1, (2, 3), {'a'}]", [1, [2, 3], ["a"]], {"output-0": [1, [2, 3], ["a"]]}),
+        ("[np.array([1, 2]).T, pd.Series([3])]", [[1, 2], [3]], {"output-0": [[1, 2], [3]]}),
+    ],
+)
 async def test_results(tmp_path: Path, expression: str, plain: object, tensors: dict) -> None:
     async with open_plane(tmp_path, HEAD + f"def run(data):\n    return {expression}\n") as plane:
         assert await score(plane, {}) == plain
@@ -104,11 +110,14 @@ async def test_results_that_cannot_be_said(tmp_path: Path, expression: str) -> N
             await infer(plane, ROWS)
 
 
-@pytest.mark.parametrize("statement", ["raise ValueError('no petals')", "import sys; sys.exit('no petals')",
-                                       "raise KeyboardInterrupt('no petals')"])
+@pytest.mark.parametrize(
+    "statement",
+    ["raise ValueError('no petals')", "import sys; sys.exit('no petals')", "raise KeyboardInterrupt('no petals')"],
+)
 @pytest.mark.parametrize("kind", ["def", "async def"])
 async def test_what_user_code_throws_ends_one_call(
-        tmp_path: Path, capfd: pytest.CaptureFixture[str], statement: str, kind: str) -> None:
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], statement: str, kind: str
+) -> None:
     code = f"{kind} run(data):\n    if data == 1:\n        {statement}\n    return data\n"
     async with open_plane(tmp_path, code) as plane:
         with pytest.raises(ScoringFailed, match="no petals") as error:
@@ -118,8 +127,10 @@ async def test_what_user_code_throws_ends_one_call(
 
 
 async def test_async_runs_overlap(tmp_path: Path) -> None:
-    code = ("import asyncio\nn = most = 0\nasync def run(data):\n    global n, most\n    n += 1\n"
-            "    most = max(most, n)\n    await asyncio.sleep(0.05)\n    n -= 1\n    return most\n")
+    code = (
+        "import asyncio\nn = most = 0\nasync def run(data):\n    global n, most\n    n += 1\n"
+        "    most = max(most, n)\n    await asyncio.sleep(0.05)\n    n -= 1\n    return most\n"
+    )
     from tests.unit.scoring.planes import score_call
 
     async with open_plane(tmp_path, code) as plane:
@@ -128,10 +139,14 @@ async def test_async_runs_overlap(tmp_path: Path) -> None:
         assert int(answers[-1].body) == 20
 
 
-async def test_init_runs_once_and_finds_the_models(tmp_path: Path, files: dict[str, Path],
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    code = ("import os, modelyard\nruns = 0\ndef init():\n    global runs, path\n    runs += 1\n"
-            "    path = modelyard.model_path('iris')\ndef run(data):\n    return [runs, path, modelyard.model_path('iris', 3)]\n")
+async def test_init_runs_once_and_finds_the_models(
+    tmp_path: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import os, modelyard\nruns = 0\ndef init():\n    global runs, path\n    runs += 1\n"
+        "    path = modelyard.model_path('iris')\n"
+        "def run(data):\n    return [runs, path, modelyard.model_path('iris', 3)]\n"
+    )
     models = [{"name": "iris", "version": v, "file": files["skops"]} for v in (3, 10)]
     monkeypatch.setenv("MODELYARD_ROOT", str(tmp_path / "opt/modelyard"))
     async with open_plane(tmp_path, code, models) as plane:
@@ -140,15 +155,18 @@ async def test_init_runs_once_and_finds_the_models(tmp_path: Path, files: dict[s
             assert runs == 1 and path.endswith("/models/iris/10/model.skops") and old.endswith("/iris/3/model.skops")
 
 
-@pytest.mark.parametrize(("code", "said"), [
-    ("def init():\n    raise RuntimeError('no such luck')\ndef run(data):\n    return 1\n", "no such luck"),
-    ("def init():\n    import sys\n    sys.exit(4)\ndef run(data):\n    return 1\n", "SystemExit"),
-    ("def run(data:\n", "SyntaxError"),
-    ("import nothing_like_it\n", "nothing_like_it"),
-    ("x = 1\n", "no function run"),
-    ("def run():\n    return 1\n", "one argument"),
-    ("def run(a, b):\n    return 1\n", "one argument"),
-])
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def init():\n    raise RuntimeError('no such luck')\ndef run(data):\n    return 1\n", "no such luck"),
+        ("def init():\n    import sys\n    sys.exit(4)\ndef run(data):\n    return 1\n", "SystemExit"),
+        ("def run(data:\n", "SyntaxError"),
+        ("import nothing_like_it\n", "nothing_like_it"),
+        ("x = 1\n", "no function run"),
+        ("def run():\n    return 1\n", "one argument"),
+        ("def run(a, b):\n    return 1\n", "one argument"),
+    ],
+)
 async def test_what_cannot_start_says_why(tmp_path: Path, code: str, said: str) -> None:
     with pytest.raises(CannotStart, match=said):
         async with open_plane(tmp_path, code):
@@ -156,8 +174,10 @@ async def test_what_cannot_start_says_why(tmp_path: Path, code: str, said: str) 
 
 
 async def test_collector_and_current_call(tmp_path: Path) -> None:
-    code = ("from modelyard.scoring.context import CURRENT\n"
-            "def run(data):\n    c = CURRENT.get()\n    return [c.prediction_id, c.request_id, c.model]\n")
+    code = (
+        "from modelyard.scoring.context import CURRENT\n"
+        "def run(data):\n    c = CURRENT.get()\n    return [c.prediction_id, c.request_id, c.model]\n"
+    )
     from tests.unit.scoring.planes import score_call
 
     async with open_plane(tmp_path, code) as plane:

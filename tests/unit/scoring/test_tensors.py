@@ -30,9 +30,11 @@ def sample(dtype: str) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_protobuf_round_trip(dtype: str, raw: bool) -> None:
     tensor = sample(dtype)
-    back = read_request(write_request(Inference("m", "3", "id", {"a": 1, "b": True, "c": "t", "d": .5}, [tensor], raw=raw)))
+    back = read_request(
+        write_request(Inference("m", "3", "id", {"a": 1, "b": True, "c": "t", "d": 0.5}, [tensor], raw=raw))
+    )
     assert (back.model, back.version, back.id) == ("m", "3", "id")
-    assert back.parameters == {"a": 1, "b": True, "c": "t", "d": .5}
+    assert back.parameters == {"a": 1, "b": True, "c": "t", "d": 0.5}
     assert back.raw == (raw or dtype == "f2"), "FP16 has no typed form"
     assert back.tensors[0].datatype == DATATYPES[dtype]
     np.testing.assert_array_equal(back.tensors[0].array, tensor.array)
@@ -91,7 +93,9 @@ BAD = {
 @pytest.mark.parametrize("said", BAD)
 def test_misfits_name_the_tensor(said: str) -> None:
     fields, raw = BAD[said]
-    request = pb.ModelInferRequest(inputs=[Input(name="petal", **fields)], raw_input_contents=[] if raw is None else [raw])
+    request = pb.ModelInferRequest(
+        inputs=[Input(name="petal", **fields)], raw_input_contents=[] if raw is None else [raw]
+    )
     with pytest.raises(Invalid, match="petal") as error:
         read_request(request.SerializeToString())
     assert said in error.value.message
@@ -107,21 +111,24 @@ def test_misfitting_messages() -> None:
         read_request(b"\xff\xff\xff")
 
 
-@pytest.mark.parametrize(("entry", "said"), [
-    ({"shape": [2], "datatype": "INT8", "data": [1, 300]}, "does not fit INT8"),
-    ({"shape": [2], "datatype": "FP32", "data": [1, [2]]}, "not an array"),
-    ({"shape": [1], "datatype": "INT64", "data": [1.5]}, "what is not INT64"),
-    ({"shape": [1], "datatype": "FP32", "data": ["a"]}, "what is not FP32"),
-    ({"shape": [1], "datatype": "BOOL", "data": [1]}, "what is not BOOL"),
-    ({"shape": [1], "datatype": "BYTES", "data": [1]}, "text or bytes"),
-    ({"shape": [3], "datatype": "FP32", "data": [1, 2]}, "needs 3 elements"),
-    ({"shape": [1.5], "datatype": "FP32", "data": [1]}, "whole numbers"),
-    ({"shape": "3", "datatype": "FP32", "data": [1]}, "must be a list"),
-    ({"shape": [1], "datatype": "FP32"}, "must be a list"),
-    ({"shape": [1], "datatype": "FP32", "parameters": {"binary_data_size": 9}}, "does not fit"),
-    ({"shape": [1], "datatype": "FP32", "data": [None]}, "what is not FP32"),
-    ({"shape": [1], "datatype": 3, "data": [1]}, "'datatype' must be text"),
-])
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"shape": [2], "datatype": "INT8", "data": [1, 300]}, "does not fit INT8"),
+        ({"shape": [2], "datatype": "FP32", "data": [1, [2]]}, "not an array"),
+        ({"shape": [1], "datatype": "INT64", "data": [1.5]}, "what is not INT64"),
+        ({"shape": [1], "datatype": "FP32", "data": ["a"]}, "what is not FP32"),
+        ({"shape": [1], "datatype": "BOOL", "data": [1]}, "what is not BOOL"),
+        ({"shape": [1], "datatype": "BYTES", "data": [1]}, "text or bytes"),
+        ({"shape": [3], "datatype": "FP32", "data": [1, 2]}, "needs 3 elements"),
+        ({"shape": [1.5], "datatype": "FP32", "data": [1]}, "whole numbers"),
+        ({"shape": "3", "datatype": "FP32", "data": [1]}, "must be a list"),
+        ({"shape": [1], "datatype": "FP32"}, "must be a list"),
+        ({"shape": [1], "datatype": "FP32", "parameters": {"binary_data_size": 9}}, "does not fit"),
+        ({"shape": [1], "datatype": "FP32", "data": [None]}, "what is not FP32"),
+        ({"shape": [1], "datatype": 3, "data": [1]}, "'datatype' must be text"),
+    ],
+)
 def test_misfitting_json(entry: dict, said: str) -> None:
     with pytest.raises(Invalid) as error:
         request_from_json({"inputs": [{"name": "petal", **entry}]}, b"1234" if "parameters" in entry else b"")
