@@ -165,7 +165,7 @@ class CaptureLog:
             reason = "dropped"
         else:
             return False
-        self._tally.count(call.started_ns, call.model, call.status, reason, max(call.latency_ns, 0))
+        self._tally.count(call.started_ns, call.model, call.status, reason, call.latency_ns)
         return True
 
     def _chosen(self, prediction_id: str) -> bool:
@@ -178,7 +178,7 @@ class CaptureLog:
 
     def _lost(self, calls: Sequence[Finished]) -> None:
         for call in calls:
-            self._tally.count(call.started_ns, call.model, call.status, "write-failed", max(call.latency_ns, 0))
+            self._tally.count(call.started_ns, call.model, call.status, "write-failed", call.latency_ns)
 
     def _collect(self, collector: str, prediction_id: str, columns: Sequence[str] | None,
                  rows: Sequence[Sequence[Any]]) -> None:

@@ -6,11 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.latency import bucket, slot
+from ..core.latency import NONE, bucket, slot
 
 MODELS_COUNTED = 256
 OTHERS = "(other)"
-NOT_MEASURED = -1
 
 
 @dataclass(slots=True)
@@ -49,13 +48,14 @@ class Tally:
     def __bool__(self) -> bool:
         return bool(self._counts) or self.rows_lost > 0
 
-    def count(self, started_ns: int, model: str, status: str, reason: str, latency_ns: int = NOT_MEASURED) -> None:
-        """One call that is not recorded."""
+    def count(self, started_ns: int, model: str, status: str, reason: str,
+              latency_ns: int | None = None) -> None:
+        """One call that is not recorded; without a latency when it was not even admitted."""
         if model not in self._models:
             if len(self._models) >= MODELS_COUNTED:
                 model = OTHERS
             self._models.add(model)
-        index = NOT_MEASURED if latency_ns == NOT_MEASURED else bucket(latency_ns)
+        index = NONE if latency_ns is None else bucket(latency_ns)
         self._counts[slot(started_ns), model, status, reason, index] += 1
         self.totals[reason] += 1
 
