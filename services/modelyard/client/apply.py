@@ -16,8 +16,7 @@ from ..core.documents import DIGEST, Ref
 from ..core.errors import Invalid, NotFound
 from ..core.specs import DeploymentSpec, ImageSpec, ModelSpec, Spec
 from .images import read_requirements
-from .models import guess_framework
-from .uploads import OnProgress, digest_of, upload
+from .uploads import Artifact, OnProgress, inspect, upload
 
 if TYPE_CHECKING:
     from .client import AsyncClient
@@ -72,26 +71,22 @@ class _Apply:
         """Files become digests; the result is checked by the same rules as the server's."""
         body = {k: v for k, v in document.items() if k != "kind"}
         if kind == "Model" and "path" in body:
-            source = self.root / str(body.pop("path"))
-            body["artifact"] = await self._stored(source)
-            if source.is_dir():
-                body["unpack"] = True
-            else:
-                body.setdefault("filename", source.name)
-            if framework := guess_framework(source):
-                body.setdefault("framework", framework)
+            found = await self._stored(self.root / str(body.pop("path")))
+            told = {"filename": None if found.unpack else found.filename, "framework": found.framework}
+            body = {k: v for k, v in told.items() if v is not None} | body
+            body |= {"artifact": found.digest, "unpack": found.unpack}
         if kind == "Image":
             for key in ("score", "lock"):
                 if isinstance(body.get(key), str) and not DIGEST.match(body[key]):
-                    body[key] = await self._stored(self.root / body[key])
+                    body[key] = (await self._stored(self.root / body[key])).digest
             if isinstance(body.get("requirements"), str):
-                body["requirements"] = read_requirements(self.root / body["requirements"])
+                body["requirements"] = await asyncio.to_thread(read_requirements, self.root / body["requirements"])
         return checked(kind, body)
 
-    async def _stored(self, source: Path) -> str:
+    async def _stored(self, source: Path) -> Artifact:
         if self.dry_run:
-            return await asyncio.to_thread(digest_of, source, self.on_progress)
-        return (await upload(self.yard.http, source, self.on_progress)).digest
+            return (await asyncio.to_thread(inspect, source, self.on_progress))[0]
+        return await upload(self.yard.http, source, self.on_progress)
 
     async def one(self, kind: str, wanted: dict[str, Any]) -> Change:
         """Compares with the newest and writes what differs."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.documents import DIGEST
 from ..core.errors import BuildFailed, Invalid
+from .downloads import save
 from .fields import ImageFields, Reference, reference
 from .http import Http, Params, path
 from .models import absent_dropped, pages, pairs
@@ -85,8 +86,9 @@ class AsyncImages:
         """
         body = absent_dropped(
             name=name, models=[reference(m) for m in models], score=await self._stored(score, on_progress),
-            requirements=read_requirements(requirements), lock=await self._stored(lock, on_progress), python=python,
-            platform=platform, base=base, env=env, tags=tags, properties=properties, description=description,
+            requirements=await asyncio.to_thread(read_requirements, requirements),
+            lock=await self._stored(lock, on_progress), python=python, platform=platform, base=base, env=env,
+            tags=tags, properties=properties, description=description,
         )
         return await self.create(body)
 
@@ -138,19 +140,7 @@ class AsyncImages:
 
     async def export(self, image: Reference, to: str | Path) -> Path:
         """Writes the build context (everything the image was made from) as a tar to the file ``to``."""
-        target = Path(to)
-        part = target.with_name(target.name + ".part")
-        try:
-            async with self._http.stream(path("images", reference(image), "context")) as body:
-                with part.open("wb") as f:
-                    async for block in body.iter_chunked(1 << 20):
-                        await asyncio.to_thread(f.write, block)
-            part.replace(target)
-        except OSError as exc:
-            raise Invalid(f"cannot write '{target}': {exc.strerror or exc}") from exc
-        finally:
-            part.unlink(missing_ok=True)
-        return target
+        return await save(self._http, path("images", reference(image), "context"), Path(to))
 
     async def settled(self, image: Reference, timeout_s: float, on_progress: OnProgress | None) -> dict[str, Any]:
         """The document of an image whose build is over and went well. Raises BuildFailed."""

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import Conflict, Invalid, Unavailable
+from ..core.errors import Invalid
+from .downloads import save
 from .fields import ModelFields, Reference, reference
 from .http import Http, Params, path
-from .uploads import OnProgress, Progress, upload
-
-FRAMEWORK_OF = {".onnx": "onnx", ".skops": "scikit-learn", ".joblib": "scikit-learn"}
-"""What a file's ending says about its framework when the caller does not say."""
-UNSET: Any = object()
+from .uploads import OnProgress, upload
 
 
 def absent_dropped(**fields: Any) -> dict[str, Any]:
@@ -108,12 +102,11 @@ class AsyncModels:
         >>> model.id
         'iris:1'
         """
-        source = Path(path)
-        artifact = await upload(self._http, source, on_progress)
+        artifact = await upload(self._http, Path(path), on_progress)
         body = absent_dropped(
             name=name, artifact=artifact.digest, unpack=artifact.unpack or None,
             filename=None if artifact.unpack else artifact.filename,
-            framework=framework or guess_framework(source), framework_version=framework_version,
+            framework=framework or artifact.framework, framework_version=framework_version,
             trusted=trusted or None, tags=dict(tags) if tags else None,
             properties=dict(properties) if properties else None, description=description, signature=signature,
             parent=None if parent is None else reference(parent), run=run, experiment=experiment, datasets=datasets,
@@ -191,47 +184,6 @@ class AsyncModels:
         found = await self.get(model)
         folder, fallback = bool(found.document.get("unpack")), f"{found.name}-{found.version}"
         target = Path(to) / (fallback if folder else found.document.get("filename") or fallback)
-        if target.exists() and (folder or not exist_ok):
-            raise Conflict(f"'{target}' is there already; choose another place (--to)")
-        part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-        try:
-            await self._fetch(path("models", found.id, "content"), part, found.document, on_progress)
-            await asyncio.to_thread(_place, part, target, folder)
-        except OSError as exc:
-            raise Invalid(f"cannot write '{target}': {exc.strerror or exc}") from exc
-        finally:
-            part.unlink(missing_ok=True)
-        return target
-
-    async def _fetch(
-        self, where: str, part: Path, document: Mapping[str, Any], on_progress: OnProgress | None,
-    ) -> None:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        done, size, hashed = 0, int(document.get("size") or 0), hashlib.sha256()
-        async with self._http.stream(where) as body:
-            with part.open("wb") as f:
-                async for block in body.iter_chunked(1 << 20):
-                    hashed.update(block)
-                    await asyncio.to_thread(f.write, block)
-                    done += len(block)
-                    if on_progress:
-                        on_progress(Progress("download", done, max(size, done)))
-        if f"sha256:{hashed.hexdigest()}" != document["artifact"]:
-            raise Unavailable(f"what came for '{document['id']}' is not what was registered; try again")
-
-
-def _place(part: Path, target: Path, folder: bool) -> None:
-    if not folder:
-        part.replace(target)
-        return
-    from ..core.archives import unpack
-
-    with part.open("rb") as tar:
-        unpack(tar, target)
-
-
-def guess_framework(source: Path) -> str | None:
-    """The framework that a file's ending or a folder's ``MLmodel`` tells, or None."""
-    if source.is_dir():
-        return "mlflow" if (source / "MLmodel").is_file() else None
-    return FRAMEWORK_OF.get(source.suffix.lower())
+        return await save(
+            self._http, path("models", found.id, "content"), target, replace=exist_ok, folder=folder,
+            digest=found.artifact, size=int(found.document.get("size") or 0), on_progress=on_progress)

@@ -46,7 +46,7 @@ class Channel:
 
     async def score(self, model: str, data: Any, timeout_s: float) -> Any:
         """Rows, a dict, an array or a frame as tensors; the outputs by name, or the JSON that a lone output held."""
-        tensors = to_tensors(data, await self._declared(model, timeout_s) if _is_plain(data) else {})
+        tensors = to_tensors(data, await self._declared(model, timeout_s) if _asks(data) else {})
         answer = await self.infer(Inference(model, tensors=tensors), timeout_s)
         if len(answer.tensors) == 1 and _holds_json(answer.tensors[0]):
             return json.loads(answer.tensors[0].array.reshape(-1)[0])
@@ -90,10 +90,11 @@ def error_from(code: grpc.StatusCode, details: str, address: str) -> ModelyardEr
     return ModelyardError(details or code.name, code="scoring-failed")
 
 
-def _is_plain(data: Any) -> bool:
-    """Whether the data says nothing of its own types: lists, or a dict of lists."""
-    return isinstance(data, (list, tuple)) or (
-        isinstance(data, Mapping) and any(isinstance(v, (list, tuple)) for v in data.values()))
+def _asks(data: Any) -> bool:
+    """Whether the data leaves a name or a datatype to what the model declares: rows, an array, a dict of lists."""
+    if isinstance(data, Mapping):
+        return any(isinstance(v, (list, tuple)) for v in data.values())
+    return isinstance(data, (list, tuple, np.ndarray))
 
 
 def _holds_json(tensor: Tensor) -> bool:
@@ -101,7 +102,7 @@ def _holds_json(tensor: Tensor) -> bool:
 
 
 def to_tensors(data: Any, declared: Mapping[str, str]) -> list[Tensor]:
-    """Tensors for what a caller gave. Plain lists take the datatype that the model declares.
+    """Tensors for what a caller gave. Plain lists take the datatype that the model declares, a lone array its name.
 
     >>> [(t.name, t.datatype, t.array.shape) for t in to_tensors([[5.1, 3.5]], {"x": "FP32"})]
     [('x', 'FP32', (1, 2))]

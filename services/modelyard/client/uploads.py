@@ -29,14 +29,19 @@ OnProgress = Callable[[Progress], None]
 """Called often, from the SDK's own thread when the client is the blocking one; must return fast."""
 
 
+FRAMEWORK_OF = {".onnx": "onnx", ".skops": "scikit-learn", ".joblib": "scikit-learn"}
+"""What a file's ending says about its framework when the caller does not say."""
+
+
 @dataclass(frozen=True)
 class Artifact:
-    """What lies in the registry now: its digest, its size in bytes, whether it is a folder's tar, its own name."""
+    """A file or folder as the registry knows it, or would: its digest, whether it is a folder's tar, its own name, the
+    framework that its ending (or a folder's ``MLmodel``) tells."""
 
     digest: str
-    size: int
     unpack: bool
     filename: str
+    framework: str | None
 
 
 def _chunks(source: Path) -> Iterator[bytes]:
@@ -61,18 +66,24 @@ def _digest(source: Path, on_progress: OnProgress | None) -> tuple[str, int]:
     return f"sha256:{hashed.hexdigest()}", done
 
 
-def digest_of(source: Path, on_progress: OnProgress | None = None) -> str:
-    """The digest that ``upload`` would store a file or folder under; reads it whole, sends nothing."""
-    return _digest(checked(source), on_progress)[0]
+def inspect(source: Path, on_progress: OnProgress | None = None) -> tuple[Artifact, int]:
+    """What ``upload`` would store, and its size in bytes; reads it whole, sends nothing, blocks.
+
+    Raises Invalid when there is nothing to read at ``source``.
+    """
+    try:
+        if not (source.is_file() or source.is_dir()):
+            raise Invalid(f"there is no file or folder '{source}'", field="path")
+        digest, size = _digest(source, on_progress)
+        return Artifact(digest, source.is_dir(), source.resolve().name, _framework(source)), size
+    except OSError as exc:
+        raise Invalid(f"cannot read '{source}': {exc.strerror or exc}", field="path") from exc
 
 
-def checked(source: Path) -> Path:
-    """Raises Invalid when there is nothing to read at ``source``."""
-    if not source.exists():
-        raise Invalid(f"there is no file or folder '{source}'", field="path")
-    if not (source.is_file() or source.is_dir()):
-        raise Invalid(f"'{source}' is neither a file nor a folder", field="path")
-    return source
+def _framework(source: Path) -> str | None:
+    if source.is_dir():
+        return "mlflow" if (source / "MLmodel").is_file() else None
+    return FRAMEWORK_OF.get(source.suffix.lower())
 
 
 async def upload(http: Http, source: Path, on_progress: OnProgress | None = None) -> Artifact:
@@ -81,14 +92,13 @@ async def upload(http: Http, source: Path, on_progress: OnProgress | None = None
     Memory stays flat: 1 MiB at a time. Raises Invalid when there is nothing at ``source`` or it changes while
     it is read.
     """
-    folder, name = checked(source).is_dir(), source.resolve().name  # noqa: ASYNC240 - one stat
-    try:
-        digest, size = await asyncio.to_thread(_digest, source, on_progress)
-        if not await _known(http, digest):
-            await _put(http, source, digest, size, on_progress)
-    except OSError as exc:
-        raise Invalid(f"cannot read '{source}': {exc.strerror or exc}") from exc
-    return Artifact(digest, size, folder, name)
+    artifact, size = await asyncio.to_thread(inspect, source, on_progress)
+    if not await _known(http, artifact.digest):
+        try:
+            await _put(http, source, artifact.digest, size, on_progress)
+        except OSError as exc:
+            raise Invalid(f"cannot read '{source}': {exc.strerror or exc}", field="path") from exc
+    return artifact
 
 
 async def _known(http: Http, digest: str) -> bool:

@@ -1,0 +1,56 @@
+"""The blocking side: the same methods, one thread, no loop left behind."""
+
+import inspect
+import threading
+
+import pytest
+
+from modelyard import AsyncClient, Client
+from modelyard.client import sync
+from modelyard.client.capture import AsyncCapture, moment
+from modelyard.client.dead import AsyncDeadLetters
+from modelyard.client.deployments import AsyncDeployment, AsyncDeployments
+from modelyard.client.images import AsyncImage, AsyncImages
+from modelyard.client.models import AsyncModel, AsyncModels
+from modelyard.core.errors import Invalid, Unavailable
+
+PAIRS = [
+    (sync.Client, AsyncClient, {"http"}), (sync.Models, AsyncModels, set()), (sync.Model, AsyncModel, set()),
+    (sync.Images, AsyncImages, {"settled"}), (sync.Image, AsyncImage, set()),
+    (sync.Deployments, AsyncDeployments, {"settled", "close"}), (sync.Deployment, AsyncDeployment, set()),
+    (sync.Capture, AsyncCapture, set()), (sync.DeadLetters, AsyncDeadLetters, set()),
+]
+
+
+@pytest.mark.parametrize(("face", "inner", "own"), PAIRS)
+def test_every_method_has_its_blocking_side(face: type, inner: type, own: set[str]) -> None:
+    wanted = {name for name, _ in inspect.getmembers(inner) if not name.startswith("_")} - own
+    assert wanted <= {name for name, _ in inspect.getmembers(face)}
+    undocumented = [name for name in wanted if not (getattr(face, name).__doc__ or "").strip()]
+    assert undocumented == []
+
+
+def test_close_leaves_no_thread_and_may_be_repeated() -> None:
+    before = threading.active_count()
+    client = Client("http://127.0.0.1:1")
+    with pytest.raises(Unavailable, match="modelyard serve"):
+        client.models.list()
+    client.close()
+    client.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        client.models.list()
+
+
+def test_a_bad_url_leaves_no_thread() -> None:
+    before = threading.active_count()
+    with pytest.raises(Invalid):
+        Client("nonsense")
+    assert threading.active_count() == before
+
+
+def test_moments() -> None:
+    assert moment("2026-11-23T15:00:00+01:00") == "2026-11-23T14:00:00.000000Z"
+    assert moment(None) is None
+    with pytest.raises(Invalid, match="is not a time"):
+        moment("yesterday")
