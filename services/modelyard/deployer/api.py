@@ -106,12 +106,13 @@ async def delete(ctx: Context, call: Call) -> web.StreamResponse:
 
     try:
         doc = await ctx.change(Deployment, id_, change, workspace=call.workspace)
-        ctx.wake("converge")
-        if call.wait_s:
-            doc = await call.wait_for(ctx, Deployment, id_, lambda _: False)
     except NotFound:
         return reply(None)
-    return _answer(doc, 202)
+    ctx.wake("converge")
+    try:
+        return _answer(await call.wait_for(ctx, Deployment, id_, lambda _: False) if call.wait_s else doc, 202)
+    except NotFound:  # gone while we waited: no work remains
+        return _answer(doc)
 
 
 async def log(ctx: Context, call: Call) -> web.StreamResponse:
