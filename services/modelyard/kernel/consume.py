@@ -11,6 +11,7 @@ Keys run side by side; one that waits for its next attempt holds up no other.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -124,12 +125,10 @@ class _Consumer:
         gauge.inc()
         try:
             await self._take(delivery)
+            with contextlib.suppress(Unavailable):  # not taken: the event comes again and is a repeat
+                await delivery.ack()
         finally:
             gauge.dec()
-        try:
-            await delivery.ack()
-        except Unavailable as exc:
-            log.warning("an acknowledgement was not taken; the event will come again: %s", exc)
 
     async def _take(self, delivery: Delivery) -> None:
         raw = Raw.of(delivery)
