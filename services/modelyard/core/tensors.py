@@ -86,7 +86,7 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memory
         upper = np.frombuffer(raw, "<u2").astype(np.uint32) << 16
         return upper.view(np.float32).reshape(tuple(shape))
     if datatype == "BOOL":
-        return (np.frombuffer(raw, "u1") != 0).reshape(tuple(shape))
+        return np.frombuffer(raw, "u1").astype(np.bool_).reshape(tuple(shape))
     return np.frombuffer(raw, "<" + DTYPES[datatype]).reshape(tuple(shape))
 
 

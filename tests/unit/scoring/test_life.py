@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -17,7 +18,7 @@ import pytest
 
 from modelyard.wire import inference_pb2 as pb
 from modelyard.wire.inference_pb2_grpc import GRPCInferenceServiceStub
-from tests.unit.scoring.roots import Replica, command, launch, make_root
+from tests.unit.scoring.roots import SERVICES, Replica, command, launch, make_root
 
 ECHO = "import time\ndef run(data):\n    time.sleep(data.get('sleep', 0))\n    return data\n"
 RETRY = [
@@ -240,3 +241,15 @@ def test_drain_by_the_admin_socket(tmp_path: Path) -> None:
         time.sleep(1.2)
         status, took = replica.stop()
         assert status == 0 and took < 3, "drained before: nothing to wait for"
+
+
+def test_what_it_may_import() -> None:
+    """An image holds neither the control plane nor its libraries; the start needs the standard library only."""
+    bare = "import sys; sys.path.insert(0, sys.argv[1]); import modelyard.scoring.{}, modelyard.core.errors"
+    for module in ("settings", "image", "context", "launch"):
+        subprocess.run([*command(SERVICES)[:3], "-c", bare.format(module), str(SERVICES)], check=True, timeout=30)
+    heavy = ("import sys, modelyard.scoring.serve, modelyard.scoring.runner_score, modelyard.capture\n"
+             "bad = {'pydantic', 'pyarrow', 'pandas', 'sklearn', 'modelyard.kernel', 'modelyard.client',\n"
+             "       'modelyard.telemetry', 'modelyard.settings', 'modelyard.core.specs'} & set(sys.modules)\n"
+             "assert not bad, bad")
+    subprocess.run([sys.executable, "-c", heavy], check=True, timeout=60)
