@@ -1,8 +1,9 @@
 """How the iris model answers: init() runs once per replica, run() once per call."""
 
-import modelyard
 import numpy as np
 import skops.io
+
+import modelyard
 
 NAMES = ("setosa", "versicolor", "virginica")
 

@@ -6,7 +6,6 @@ import asyncio
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from ..core.documents import rfc3339
 from ..core.errors import Invalid
 from .fields import Reference, reference
 from .http import Http, Params, path
@@ -32,7 +31,7 @@ def moment(when: Moment) -> str | None:
             when = datetime.fromisoformat(when)
         except ValueError as exc:
             raise Invalid(f"'{when}' is not a time; write 2026-11-23T14:00:00Z", field="time") from exc
-    return rfc3339(when.astimezone(UTC))
+    return when.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 class AsyncCapture:

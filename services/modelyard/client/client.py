@@ -6,18 +6,20 @@ import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from .apply import Change, apply
 from .capture import AsyncCapture, Moment, telemetry
 from .dead import AsyncDeadLetters
 from .deployments import AsyncDeployments
-from .events import Event, stream
 from .fields import Reference, reference
 from .http import Http
 from .images import AsyncImages
 from .models import AsyncModels
 from .uploads import OnProgress
+
+if TYPE_CHECKING:
+    from .apply import Change
+    from .events import Event
 
 DEFAULT_URL = "http://127.0.0.1:8700"
 
@@ -75,6 +77,8 @@ class AsyncClient:
         >>> [e.topic for e in yard.events(["model.*"], after="beginning", follow=False)][:2]
         ['model.registered', 'model.updated']
         """
+        from .events import stream
+
         return stream(self._http, types, subject, after, follow)
 
     async def apply(
@@ -83,6 +87,8 @@ class AsyncClient:
     ) -> list[Change]:
         """Makes the yard hold these documents (``kind: Model``, ``Image``, ``Deployment``), in order. One that
         equals the newest version changes nothing; relative paths start at ``root``; ``dry_run`` only tells."""
+        from .apply import apply
+
         return await apply(self, documents, Path(root), dry_run, on_progress)
 
     async def ready(self) -> dict[str, Any]:

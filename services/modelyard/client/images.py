@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.documents import DIGEST
 from ..core.errors import BuildFailed, Invalid
 from .downloads import save
 from .fields import ImageFields, Reference, reference
@@ -93,9 +92,10 @@ class AsyncImages:
         return await self.create(body)
 
     async def _stored(self, source: str | Path | None, on_progress: OnProgress | None) -> str | None:
-        if source is None or (isinstance(source, str) and DIGEST.match(source)):
-            return source if source is None else str(source)
-        return (await upload(self._http, Path(source), on_progress)).digest
+        text = None if source is None else str(source)
+        if text is None or text.startswith("sha256:"):
+            return text
+        return (await upload(self._http, Path(text), on_progress)).digest
 
     async def create(self, document: Mapping[str, Any]) -> AsyncImage:
         """Asks for an image by the body of ``POST /v1/images``: files are digests already."""
