@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import io
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class Registry:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def until(self, what: Any, seconds: float = 5.0) -> None:
+    async def until(self, what: Any, seconds: float = 30.0) -> None:
         async with asyncio.timeout(seconds):
             while not await what():
                 await asyncio.sleep(0.01)
@@ -156,5 +156,3 @@ def files() -> dict[str, bytes]:
     return {"onnx": onnx.SerializeToString(), "skops": skops.io.dumps(fitted),
             "joblib": plain.getvalue(), "joblib.gz": packed.getvalue()}
 
-
-__all__ = ["Registry", "digest", "open_registry", "replace"]

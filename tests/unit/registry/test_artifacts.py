@@ -6,7 +6,6 @@ import asyncio
 import errno
 import resource
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -123,7 +122,3 @@ async def test_enospc_is_a_full_disk(registry: Registry, monkeypatch: pytest.Mon
     assert "disk full" in problem["detail"] and "free some space" in problem["detail"]
     monkeypatch.undo()
     assert registry.blobs() == []
-
-
-def rss() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -11,7 +11,7 @@ from modelyard.core.errors import Conflict
 from modelyard.core.events import Envelope
 from modelyard.core.specs import ModelSpec
 from modelyard.registry import SERVICE, artifacts, holds
-from modelyard.registry.model import Artifact, Model
+from modelyard.registry.model import Artifact, Model, ModelName
 from modelyard.registry.register import register, settle
 from tests.unit.registry.conftest import Registry, digest
 
@@ -303,3 +303,40 @@ async def test_registering_and_deleting_one_artifact_at_once_never_loses_bytes(r
 
         assert counts["made"] >= 40, counts
         await registry.until(gone)
+
+
+async def test_a_model_that_slipped_in_before_the_doom_keeps_its_bytes(registry: Registry) -> None:
+    """The deletion saw no user, a registration was answered, and only then was the artifact doomed."""
+    await registry.register(data=b"bytes")
+    now = registry.ctx.now()
+    await registry.ctx.change(Artifact, digest(b"bytes"), lambda d: (d.evolve(fate="doomed", due=now), ()))
+
+    async def settled() -> bool:
+        doc = await registry.ctx.store.get(Artifact, digest(b"bytes"), tombstone=True)
+        return doc is not None and doc.due is None
+
+    async with registry.loops():
+        await registry.until(settled)
+    doc = await registry.ctx.store.get(Artifact, digest(b"bytes"))
+    assert doc is not None and doc.fate == "kept"
+    assert await registry.ask("GET", "/v1/models/iris:1/content", status=200) == b"bytes"
+
+
+async def test_an_alias_that_another_process_moves_back_meanwhile(registry: Registry,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    for data in (b"1", b"2"):
+        await registry.register(data=data)
+    await registry.ask("PUT", "/v1/models/iris/aliases/champion", json={"version": 1}, status=200)
+    release, times = holds.release, []
+
+    async def interrupted(*args: Any, **more: Any) -> Any:
+        if not times:
+            times.append(1)
+            await registry.ctx.change(ModelName, "iris", lambda d: (d.evolve(aliases={"champion": 1}), ()))
+        return await release(*args, **more)
+
+    monkeypatch.setattr(holds, "release", interrupted)
+    await registry.ask("PUT", "/v1/models/iris/aliases/champion", json={"version": 2}, status=200)
+    assert times
+    assert (await registry.ask("GET", "/v1/models/iris:1"))["aliases"] == ["champion"]
+    assert (await registry.ask("GET", "/v1/models/iris:2"))["aliases"] == []

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from modelyard.adapters import store_sqlite_find
 from modelyard.registry.model import Model, latest_marks, place
-
 from tests.unit.registry.conftest import Registry, digest, open_registry
 
 
