@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .core.version import __version__
+
 if TYPE_CHECKING:
     from .capture import model_path as model_path
     from .client import AsyncClient as AsyncClient
     from .client import Client as Client
 
-__version__ = "0.1.0"
 __all__ = ["AsyncClient", "Client", "__version__", "model_path"]
 
 

@@ -48,6 +48,6 @@ command(app, "config", "modelyard config --output json")(serve.config)
 @command(app, "version", "modelyard version")
 def version() -> None:
     """The version of this program."""
-    from .. import __version__
+    from ..core.version import __version__
 
     print(__version__)

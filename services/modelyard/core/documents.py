@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
 from .errors import Invalid
 
-DIGEST = re.compile(r"^sha256:[0-9a-f]{64}$")
+DIGEST = re.compile(r"^sha256:[0-9a-f]{64}\Z")
 INTERNAL = frozenset({"revision", "sequence", "made_by", "deleted", "due", "lease", "attempts"})
 
 
@@ -70,7 +70,7 @@ class Document(BaseModel):
 
     def view(self) -> dict[str, Any]:
         """The public JSON of this document: no internal or hidden field, times as RFC 3339 text."""
-        return self.model_dump(mode="json", exclude=INTERNAL | self.hidden)
+        return self.model_dump(mode="json", exclude=set(INTERNAL | self.hidden))
 
 
 INDEXED_ALWAYS = frozenset({"id", "created", "updated", "due", "made_by", "deleted"})

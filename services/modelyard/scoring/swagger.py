@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import __version__
+from ..core.version import __version__
 from .runners import Runner
 
 FORMATS = {"BOOL": {"type": "boolean"}, "BYTES": {"type": "string"}}

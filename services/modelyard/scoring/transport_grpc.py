@@ -16,9 +16,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health_aio
 
-from .. import __version__
 from ..core.errors import ModelyardError
 from ..core.inference import PROTO
+from ..core.version import __version__
 from ..wire import inference_pb2 as pb
 from .calls import Answer, Call, statuses
 from .codecs import GrpcCodec, StreamCodec

@@ -13,9 +13,9 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from .. import __version__
 from ..core.errors import Invalid, ModelyardError, NotFound
 from ..core.inference import BINARY, JSON
+from ..core.version import __version__
 from . import metrics
 from .calls import Answer, Call, Codec, statuses
 from .codecs import PROBLEM, RestCodec, ScoreCodec, problem
