@@ -86,7 +86,7 @@ class Range:
 
 Where = Mapping[str, Any]
 """``{"field": value}`` equality (containment in a list field), ``{"tags": {"k": "v"}}`` every pair present
-(``{"k": None}``: the key), ``{"tags": "k"}`` key present, ``{"field": Range(…)}`` at most one range. All terms must hold."""
+(``{"k": None}``: the key), ``{"tags": "k"}`` key present, ``{"field": Range(…)}`` at most one range. All must hold."""
 
 
 @dataclass(frozen=True, order=True)
