@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import functools
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Build:
         self.memo = Memo(ctx.data / "image-builder" / "memo")
         self.places = [parts.Place.of(m, doc.score is not None) for m in doc.inputs]
         self.needs = self.flavours()
+        self.server: Sequence[str] = ()
         self.packages: list[dict[str, str]] = []
         self.layers: list[Layer] = []
 
@@ -62,6 +64,7 @@ class Build:
         doc = self.doc
         self.log.note(f"building {doc.id} for {doc.platform}, Python {doc.python}; "
                       f"models: {', '.join(doc.models) or 'none'}")
+        self.server = await asyncio.to_thread(server_requirements)
         given = await self.fetch()
         lock = await self.locked(given)
         await self.environment(lock)
@@ -106,7 +109,7 @@ class Build:
         if len(raw) > LOCK_LIMIT:
             raise BuildFailed(f"the lock has {len(raw)} bytes; {LOCK_LIMIT} are read at most")
         lock, problems = read_lock(raw.decode(errors="replace"))
-        absent = lock.missing(server_requirements()) if lock.pins else []
+        absent = lock.missing(self.server) if lock.pins else []
         if absent:
             problems.append(f"the lock has no {', '.join(absent)}, which the scoring server needs")
         return lock, problems
@@ -133,7 +136,7 @@ class Build:
 
     async def resolved(self) -> Lock:
         doc = self.doc
-        wanted = sorted({*server_requirements(), *self.needs, *(requirement(r)[0] for r in doc.requirements)})
+        wanted = sorted({*self.server, *self.needs, *(requirement(r)[0] for r in doc.requirements)})
         name = key("resolved", wanted, doc.python, doc.platform)
         found = await self.memo.get(name)
         if found and 0 <= time.time() - found["at"] < RESOLVED_S:
@@ -253,7 +256,8 @@ def _told(layer: Layer) -> str:
     return f"layer {layer.title}: {layer.size / 1e6:.2f} MB, {layer.digest[:19]}"
 
 
-def server_requirements() -> list[str]:
-    """What the scoring server itself needs."""
+@functools.cache
+def server_requirements() -> Sequence[str]:
+    """What the scoring server itself needs. Blocking, once."""
     lines = (line.partition("#")[0].strip() for line in SERVER.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line]
+    return tuple(line for line in lines if line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import tempfile
 import time
@@ -19,6 +20,8 @@ from .log import BuildLog, log_file
 from .model import Image, building, built, failed, removed
 
 LOOK_S = 0.5
+FAULTS = 4
+log_fault = logging.getLogger(__name__)
 
 
 async def step(ctx: Context, doc: Image) -> Change[Image]:
@@ -44,6 +47,12 @@ async def build(ctx: Context, doc: Image) -> Change[Image]:
     except Unavailable as exc:
         await log.line(f"interrupted: {exc.message}; trying again soon")
         raise
+    except Exception as exc:  # a fault of ours: the loop logs and repeats it, but not for ever
+        if doc.attempts < FAULTS:
+            raise
+        log_fault.exception("image %s is given up after %d attempts", doc.id, doc.attempts + 1)
+        return await _over(ctx, doc, log, f"the builder failed {doc.attempts + 1} times ({type(exc).__name__}); "
+                                          "the server's log says where")
     finally:
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
     log.note(f"built {result.digest}, {result.size / 1e6:.1f} MB, in {time.monotonic() - began:.2f} s")

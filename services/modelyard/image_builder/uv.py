@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ PASSED = re.compile(
     r"|SYSTEM_CERTS|NATIVE_TLS|INSECURE_HOST|KEYRING_PROVIDER|HTTP_TIMEOUT|HTTP_RETRIES|CONFIG_FILE|NO_CACHE"
     r"|EXCLUDE_NEWER|CONCURRENT_\w+)|UV_INDEX_\w+_(USERNAME|PASSWORD))$")
 QUIET = ("--color", "never", "--no-progress")
-EXPLAINED = re.compile(r"[×╰─▶│|]+")
+EXPLAINED = re.compile(r"[×╰─▶│|]+|\bcause:")
 OFFLINE = re.compile(r"error sending request|dns error|Failed to fetch|network (was|is) disabled", re.IGNORECASE)
 
 
@@ -64,8 +65,9 @@ async def install(lock: Lock, python: str, platform: str, folder: Path, log: Bui
 
 async def run(what: str, arguments: Sequence[str], folder: Path, seconds: float, log: BuildLog) -> None:
     """Runs uv; what it says goes to the log line by line. BuildFailed with the heart of it when it fails."""
+    program = await asyncio.to_thread(_binary)
     process = await asyncio.create_subprocess_exec(
-        _binary(), *arguments, cwd=folder, env=environment(), stdin=asyncio.subprocess.DEVNULL,
+        program, *arguments, cwd=folder, env=environment(), stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True, limit=1 << 20)
     said: list[str] = []
     try:
@@ -93,10 +95,11 @@ def explain(said: Sequence[str]) -> str:
     if OFFLINE.search(text):
         return f"the package index does not answer; see the log ({text[:300]})"
     text = text.partition(" hint: ")[0].removeprefix("error: ")
-    text = text.removeprefix("No solution found when resolving dependencies: ")
+    text = re.sub("^No solution found when resolving dependencies:? ", "", text)
     return text[:1000] or "uv gave no reason"
 
 
+@functools.cache
 def _binary() -> str:
     import uv
 

@@ -43,8 +43,8 @@ def distributions(root: Path, python: str) -> list[Distribution]:
 
 
 def grouped(found: Iterable[Distribution]) -> list[tuple[str, list[Entry]]]:
-    """Title and files of each layer, in the order of the image."""
-    large = [d for d in found if d.size > LARGE]
+    """Title and files of each layer, in the order of the image: the largest first, so that two workers end together."""
+    large = sorted((d for d in found if d.size > LARGE), key=lambda d: (-d.size, d.name))
     small = [d for d in found if d.size <= LARGE]
     groups = [(f"env: {d.name} {d.version}", list(d.entries)) for d in large]
     if small:

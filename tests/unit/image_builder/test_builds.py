@@ -200,7 +200,8 @@ async def test_a_deployments_hold_guards_an_image(yard: Yard) -> None:
 async def test_auto_delete_goes_with_the_last_deployment(yard: Yard) -> None:
     await yard.small(auto_delete=True)
     for name in ("one", "two"):
-        assert (await yard.call("PUT", f"/internal/v1/images/tiny:1/holds/deployment/{name}", internal=True)).status == 200
+        hold = f"/internal/v1/images/tiny:1/holds/deployment/{name}"
+        assert (await yard.call("PUT", hold, internal=True)).status == 200
     await yard.call("DELETE", "/internal/v1/images/tiny:1/holds/deployment/one", internal=True)
     assert (await yard.images.store.get(Image, "tiny:1")).deleting is False
     await yard.call("DELETE", "/internal/v1/images/tiny:1/holds/deployment/two", internal=True)
@@ -211,7 +212,7 @@ async def test_the_log_is_streamed_until_the_end(yard: Yard) -> None:
     doc = await yard.post(name="told", score=await yard.upload(SCORE), lock=await yard.upload(b""))
     log = (await yard.call("GET", f"/v1/images/{doc['id']}/log?follow=true")).raw.decode()
     done = await yard.over(doc["id"])
-    assert log.splitlines()[0].endswith("building told:1 for linux/amd64, Python 3.11; models: none") or "told:1" in log
+    assert "Z building told:1 for linux/" in log.splitlines()[0]
     assert f"built {done['digest']}" in log.splitlines()[-1]
     assert (await yard.call("GET", f"/v1/images/{doc['id']}/log")).raw.decode() == log
 
