@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 DATATYPES = {1: "FP32", 2: "UINT8", 3: "INT8", 4: "UINT16", 5: "INT16", 6: "INT32", 7: "INT64", 8: "BYTES",
              9: "BOOL", 10: "FP16", 11: "FP64", 12: "UINT32", 13: "UINT64", 16: "BF16"}
 """TensorProto.DataType → the datatype of the Open Inference Protocol."""
-MOST_FIELDS = 4_000_000
+MOST_FIELDS = 1_000_000
+WINDOW = 64 * 1024
 MOST_TEXT = 64 * 1024
 
 
@@ -36,6 +37,7 @@ class Walk:
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size, self.seen = file, size, 0
+        self.window, self.base = b"", 0
 
     def fields(self, start: int, end: int) -> Iterator[Field]:
         at = start
@@ -62,13 +64,17 @@ class Walk:
         raise NotOnnx(f"it is no protobuf message at byte {at}")
 
     def varint(self, at: int, end: int) -> tuple[int, int]:
-        self.file.seek(at)
-        raw = self.file.read(min(10, end - at))
-        value = 0
-        for count, byte in enumerate(raw):
-            value |= (byte & 0x7F) << 7 * count
+        """The number at ``at`` and where it ends. Bytes come by the window: most fields are near the one before."""
+        if not self.base <= at <= self.base + len(self.window) - 10:
+            self.file.seek(at)
+            self.window, self.base = self.file.read(WINDOW), at
+        value = shift = 0
+        for byte in self.window[at - self.base:at - self.base + min(10, end - at)]:
+            at += 1
+            value |= (byte & 0x7F) << shift
             if byte < 0x80:
-                return value, at + count + 1
+                return value, at
+            shift += 7
         raise NotOnnx(f"it is damaged or cut off at byte {at}")
 
     def text(self, field: Field) -> str:
