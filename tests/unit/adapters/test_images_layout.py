@@ -1,0 +1,91 @@
+"""The layout folder itself: what other tools read, damage, full disks, and what dead builds left."""
+
+import errno
+import hashlib
+import json
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from modelyard.adapters.images_layout import STALE_S, LayoutImages
+from modelyard.core.errors import Invalid, NotFound, Unavailable
+
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+
+
+def digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+async def once(data: bytes) -> AsyncIterator[bytes]:
+    yield data
+
+
+async def image(store: LayoutImages, repo: str, tag: str, layer: bytes) -> str:
+    await store.put_blob(repo, digest(layer), once(layer))
+    part = {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": digest(layer), "size": len(layer)}
+    return await store.put_manifest(repo, tag, json.dumps({"layers": [part]}).encode(), MANIFEST)
+
+
+async def test_it_is_a_layout_as_the_standard_says(tmp_path: Path) -> None:
+    known = await image(LayoutImages(tmp_path), "team/iris", "7", b"layer")
+    assert json.loads((tmp_path / "oci-layout").read_text()) == {"imageLayoutVersion": "1.0.0"}
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["schemaVersion"] == 2
+    assert index["manifests"] == [{
+        "mediaType": MANIFEST, "digest": known, "size": (tmp_path / "blobs" / known.replace(":", "/")).stat().st_size,
+        "annotations": {"org.opencontainers.image.ref.name": "team/iris:7"}}]
+    assert (tmp_path / "blobs" / digest(b"layer").replace(":", "/")).read_bytes() == b"layer"
+    assert list((tmp_path / ".pins").iterdir()) == [] == list((tmp_path / ".tmp").iterdir())
+
+
+async def test_damage_on_disk_is_found(tmp_path: Path) -> None:
+    store = LayoutImages(tmp_path)
+    await image(store, "iris", "1", b"layer")
+    (tmp_path / "blobs" / digest(b"layer").replace(":", "/")).write_bytes(b"later")
+    with pytest.raises(Invalid, match="damaged"):
+        [chunk async for chunk in store.get_blob("iris", digest(b"layer"))]
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(Unavailable, match=r"index\.json"):
+        await store.get_manifest("iris", "1")
+
+
+async def test_what_dead_builds_left_is_swept_after_a_day(tmp_path: Path) -> None:
+    store = LayoutImages(tmp_path)
+    await image(store, "iris", "1", b"used")
+    await store.put_blob("dead", digest(b"unused"), once(b"unused"))
+    await store.put_blob("dead", digest(b"used"), once(b"used"))
+    (tmp_path / ".tmp" / "left").write_bytes(b"half")
+    await store.remove("nobody", "1")
+    assert (tmp_path / "blobs" / digest(b"unused").replace(":", "/")).exists()
+    old = time.time() - STALE_S - 60
+    for path in (*(tmp_path / ".pins").iterdir(), *(tmp_path / ".tmp").iterdir()):
+        os.utime(path, (old, old))
+    await store.remove("nobody", "1")
+    with pytest.raises(NotFound):
+        [chunk async for chunk in store.get_blob("dead", digest(b"unused"))]
+    assert [chunk async for chunk in store.get_blob("iris", digest(b"used"))] == [b"used"]
+    assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+async def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, write = LayoutImages(tmp_path), os.write
+
+    def full(fd: int, data: bytes) -> int:
+        if len(data) > 1000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data)
+
+    monkeypatch.setattr("modelyard.adapters.images_layout.os.write", full)
+    with pytest.raises(Unavailable, match="full"):
+        await store.put_blob("iris", digest(b"x" * 2000), once(b"x" * 2000))
+    assert list((tmp_path / ".tmp").iterdir()) == [] == list((tmp_path / "blobs" / "sha256").iterdir())
+
+
+async def test_a_folder_that_cannot_be_had(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(Unavailable, match="image folder"):
+        await LayoutImages(tmp_path / "file" / "images").check()
