@@ -68,6 +68,15 @@ class Model(Document):
     def view(self) -> dict[str, Any]:
         return {k: v for k, v in super().view().items() if k != "place"} | {"aliases": self.aliases}
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        """The schema of what ``view`` gives."""
+        schema: dict[str, Any] = handler.resolve_ref_schema(handler(core))
+        schema["properties"].pop("place")
+        schema["required"].remove("place")
+        schema["properties"]["aliases"] = {"type": "array", "items": {"type": "string"}, "title": "Aliases"}
+        return schema
+
     @property
     def download_name(self) -> str:
         """What the file is called when it is fetched."""

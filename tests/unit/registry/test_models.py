@@ -190,3 +190,11 @@ async def test_content_whose_blob_was_lost_is_a_clear_answer(registry: Registry)
     await registry.register(data=b"will be lost")
     await registry.ctx.blobs.delete(str(registry.blobs()[0]))
     assert (await registry.ask("GET", "/v1/models/iris:1/content", status=404))["detail"]
+
+
+async def test_the_schema_says_what_the_answer_has(registry: Registry) -> None:
+    from modelyard.core.documents import INTERNAL
+    from modelyard.registry.model import Model
+
+    doc = await registry.register()
+    assert Model.model_json_schema()["properties"].keys() - INTERNAL - Model.hidden == doc.keys()
