@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import secrets
 import sqlite3
 import time
 import zlib
@@ -23,6 +21,7 @@ from typing import Any
 from ..core.errors import Unavailable
 from ..ports.bus import Delivery
 from .sqlite_file import SqliteFile
+from .sqlite_identity import dead, identity
 
 WINDOW = 256
 """Deliveries of one member that may be un-acknowledged at once."""
@@ -76,7 +75,7 @@ class Member(AsyncIterator[Delivery]):
 
     async def join(self) -> None:
         """The first lanes are held when this returns. Raises Unavailable."""
-        self._name, self._head = await self._file.read(lambda db: (_identity(), head_of(db)))
+        self._name, self._head = await self._file.read(lambda db: (identity(), head_of(db)))
         await self._tend()
         self._task = asyncio.create_task(self._keep(), name=f"bus member of {self._group}")
 
@@ -156,7 +155,7 @@ class Member(AsyncIterator[Delivery]):
         db.execute("INSERT OR REPLACE INTO bus_members VALUES (?, ?, ?, ?)",
                    (group, me, json.dumps(self._topics), now + int(self._lease_s * 1000)))
         rows = db.execute("SELECT member, topics, expires FROM bus_members WHERE name=?", (group,)).fetchall()
-        alive = {m: json.loads(topics) for m, topics, expires in rows if expires > now and not _dead(m)}
+        alive = {m: json.loads(topics) for m, topics, expires in rows if expires > now and not dead(m)}
         for member in [m for m, _, _ in rows if m not in alive]:
             db.execute("DELETE FROM bus_members WHERE name=? AND member=?", (group, member))
         self._write_down(db, leaving)
@@ -236,7 +235,7 @@ class Member(AsyncIterator[Delivery]):
             room -= len(rows)
         if room > 0 and not found.more:
             marks = ",".join("?" * len(self._topics))
-            found.tail = db.execute(f"{columns} offset>? AND topic IN ({marks}) ORDER BY offset LIMIT ?",
+            found.tail = db.execute(f"{columns} offset>? AND +topic IN ({marks}) ORDER BY offset LIMIT ?",
                                     (self._head, *self._topics, room)).fetchall()
             found.more = len(found.tail) == room
             found.head = found.tail[-1][0] if found.more else max(self._head, head_of(db))
@@ -297,37 +296,3 @@ def head_of(db: sqlite3.Connection) -> int:
     """The offset of the newest record there ever was; 0 before the first."""
     row: Any = db.execute("SELECT seq FROM sqlite_sequence WHERE name='bus_log'").fetchone()
     return row[0] if row else 0
-
-
-def _identity() -> str:
-    return f"{_namespace()}/{os.getpid()}/{_started(os.getpid())}/{secrets.token_hex(4)}"
-
-
-def _namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return "unknown"
-
-
-def _started(pid: int) -> str:
-    """When a process began, in ticks since the machine did: tells it from a later one with the same number."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            return stat.read().rpartition(b")")[2].split()[19].decode()
-    except OSError:
-        return "0"
-
-
-def _dead(member: str) -> bool:
-    """True when the member's process is known to be gone; False when in doubt, for its lease will tell."""
-    namespace, pid, started, _ = member.split("/")
-    if namespace != _namespace() or namespace == "unknown":
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return _started(int(pid)) not in (started, "0")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+import orjson
+
 from ..core.errors import Invalid, ModelyardError, TooLarge, Unavailable
 
 WRITABLE = "cannot be written: make the file and its folder writable for this user"
@@ -33,7 +35,7 @@ def busy_text(path: Path, busy_s: float) -> str:
 def translated(exc: Exception, path: Path, busy_s: float) -> Exception:
     """A driver's error as one of ours, with the driver's as its cause; anything else as it is."""
     ours: ModelyardError
-    if isinstance(exc, (OverflowError, UnicodeEncodeError)):
+    if isinstance(exc, (OverflowError, UnicodeEncodeError, orjson.JSONEncodeError)):
         ours = Invalid(f"a value cannot be stored: {exc}")
     elif isinstance(exc, OSError):
         ours = Unavailable(f"{path} cannot be opened ({exc.strerror}); check that its folder exists and is yours to "

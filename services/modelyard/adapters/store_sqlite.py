@@ -35,7 +35,7 @@ SCHEMA = Schema("documents", 1, (
     "CREATE INDEX IF NOT EXISTS documents_waiting ON documents(service, waiting) WHERE waiting IS NOT NULL",
     """CREATE TABLE IF NOT EXISTS entries(
         shelf INTEGER NOT NULL, field TEXT NOT NULL, value NOT NULL, id TEXT NOT NULL, doc INTEGER NOT NULL,
-        PRIMARY KEY(shelf, field, value, id)) WITHOUT ROWID""",
+        created TEXT NOT NULL, PRIMARY KEY(shelf, field, value, id)) WITHOUT ROWID""",
 ))
 
 
@@ -174,18 +174,19 @@ class _Row:
         self._index(db, number, bool(deleted), orjson.loads(keys) if keys else {})
 
     def _index(self, db: sqlite3.Connection, number: int | None, was_deleted: bool, old_keys: dict[str, Any]) -> None:
-        """Writes the entries that changed; all of them when the document moves to the other shelf."""
+        """Writes the entries that changed; all of them when it moves to the other shelf or to another time."""
         old, new = finding.entries(old_keys), finding.entries(self.keys)
-        moved = was_deleted != self.doc.deleted
+        created = self.keys["created"]
+        moved = was_deleted != self.doc.deleted or old_keys.get("created") != created
         before, after = self.space * 2 + was_deleted, self.space * 2 + self.doc.deleted
         gone, come = (old, new) if moved else (old - new, new - old)
         if gone:
             db.executemany("DELETE FROM entries WHERE shelf=? AND field=? AND value=? AND id=?",
                            [(before, field, value, self.doc.id) for field, value in gone])
         if come:
-            db.execute("INSERT INTO entries(shelf, field, value, id, doc) "
-                       "SELECT ?, value->>0, value->>1, ?, ? FROM json_each(?)",
-                       (after, self.doc.id, number, orjson.dumps(list(come)).decode()))
+            db.execute("INSERT INTO entries(shelf, field, value, id, doc, created) "
+                       "SELECT ?, value->>0, value->>1, ?, ?, ? FROM json_each(?)",
+                       (after, self.doc.id, number, created, orjson.dumps(list(come)).decode()))
 
 
 def _parsed(type_: type[D], body: bytes) -> D:

@@ -1,7 +1,8 @@
 """Searches of the SQLite store as SQL: every one of them walks an index, and none reads a document it leaves out.
 
-Index entries lie in ``entries(shelf, field, value, id, doc)``, ordered so. A shelf is the live or the deleted half of
-one (service, kind, workspace). A text map has an entry for each key under ``tags`` and for each pair under ``tags=``.
+Index entries lie in ``entries(shelf, field, value, id, doc, created)``, ordered so. A shelf is the live or the deleted
+half of one (service, kind, workspace). A text map has an entry for each key under ``tags`` and for each pair under
+``tags=``. Every entry knows when its document was created, the order that most lists want.
 """
 
 from __future__ import annotations
@@ -113,10 +114,10 @@ def scalar(field: str, value: Any) -> Scalar:
         return rfc3339(value)
     if isinstance(value, enum.Enum):
         value = value.value
-    if isinstance(value, (str, int, float)):
+    if isinstance(value, (str, float)) or (isinstance(value, int) and -(2**63) <= value < 2**63):
         return value
-    raise Invalid(f"cannot search '{field}' for a {type(value).__name__}; text, a number or a time is needed",
-                  field=field)
+    raise Invalid(f"cannot search '{field}' for a {type(value).__name__} like this; text, a time or a number of at "
+                  "most 64 bits is needed", field=field)
 
 
 def run(db: sqlite3.Connection, shelf: int, query: Query) -> list[tuple[Scalar, str, bytes]]:
@@ -170,11 +171,12 @@ def compose(shelf: int, query: Query, lead: str | int) -> tuple[str, list[Any]]:
     elif lead == "range" and ranged is not None:
         args[1] = ranged[0]
     if lead != "order":
-        value = "e.id" if query.order == "id" else f"k.keys->>'$.{query.order}'"
-        conditions.append(f"{value} IS NOT NULL")
+        value = _column(query.order)
+        if value.startswith("k."):
+            conditions.append(f"{value} IS NOT NULL")
     if ranged is not None:
         walked = lead == "range" or (lead == "order" and ranged[0] == query.order)
-        column = "e.value" if walked else "e.id" if ranged[0] == "id" else f"k.keys->>'$.{ranged[0]}'"
+        column = "e.value" if walked else _column(ranged[0])
         condition, ends = _between(column, ranged)
         conditions.append(condition or f"{column} IS NOT NULL")
         args += ends
@@ -194,6 +196,11 @@ def compose(shelf: int, query: Query, lead: str | int) -> tuple[str, list[Any]]:
              f"WHERE {' AND '.join(conditions)} ORDER BY {ordered} LIMIT ?")
     return (f"SELECT x.value, x.id, d.body FROM ({inner}) x CROSS JOIN documents d ON d.doc=x.doc",
             [*args, query.limit])
+
+
+def _column(field: str) -> str:
+    """Where a walk of other entries finds a field: in the entry itself, or in the document's row."""
+    return f"e.{field}" if field in ("id", "created") else f"k.keys->>'$.{field}'"
 
 
 def merged(rows: list[tuple[Scalar, str, bytes]], query: Query) -> list[bytes]:
