@@ -21,6 +21,8 @@ RETRIES = json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": {
     "maxAttempts": 5, "initialBackoff": "0.05s", "maxBackoff": "1s", "backoffMultiplier": 2,
     "retryableStatusCodes": ["UNAVAILABLE"]}}]})
 """The standard retry policy of gRPC: all that a client needs to ride through an upgrade."""
+PAUSE_S = 0.01
+"""Between two calls of one client: steady traffic that leaves the machine to the upgrade."""
 DATATYPES = {"float32": "FP32", "float64": "FP64"}
 
 
@@ -91,7 +93,7 @@ class Callers:
         with channel(self._address) as open_channel:
             stub = GRPCInferenceServiceStub(open_channel)
             message = request(self._model, self._rows)
-            while not self._stop.is_set():
+            while not self._stop.wait(PAUSE_S):
                 began = time.perf_counter()
                 try:
                     _, call = stub.ModelInfer.with_call(message, timeout=20)

@@ -8,10 +8,12 @@ The exit code is 0 only if every promise was kept.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import train
 from calls import Callers, channel, post, request, values
 from stage import Broken, Server, Story, until
 
@@ -57,6 +58,9 @@ class Demo:
     def register_build_deploy(self) -> None:
         """Step by step, through the SDK."""
         self.story.chapter(2, "A scikit-learn model of iris flowers, step by step: register, build, deploy")
+        import train  # loaded while the yard started
+
+        self.train = train
         self.iris = train.iris(self.folder / "iris.skops", iterations=4)
         with Steps() as steps:
             steps.start("registering iris")
@@ -83,7 +87,7 @@ class Demo:
     def one_command(self) -> None:
         """An ONNX file, through the command line."""
         self.story.chapter(3, "An ONNX model of handwritten digits, with one command")
-        self.digits = train.digits(self.folder / "digits.onnx")
+        self.digits = self.train.digits(self.folder / "digits.onnx")
         told = self.server.cli("deploy", str(self.digits.path), "--name", "digits")
         self.story.say(told.rstrip())
         self.story.promise("no scoring code was needed: the model's own graph answers", "REST" in told)
@@ -107,7 +111,7 @@ class Demo:
     def upgrade(self) -> None:
         """A better model takes over while clients keep calling."""
         self.story.chapter(5, "A better model takes over while clients keep calling")
-        better = train.iris(self.folder / "iris-better.skops", iterations=200)
+        better = self.train.iris(self.folder / "iris-better.skops", iterations=200)
         rows = self.iris.rows[:1].astype(np.float64)
         with Callers(self.service.endpoints["grpc"], "iris", rows, CALLERS) as callers, Steps() as steps:
             until(lambda: callers.made >= BEFORE, 30, "clients are served by iris:1")
@@ -248,7 +252,10 @@ def main() -> int:
         server = Server(Path(name))
         try:
             story.chapter(1, "Start a yard: every service in one process, on an empty data folder")
+            loading = threading.Thread(target=importlib.import_module, args=("train",), daemon=True)
+            loading.start()  # scikit-learn and its friends, while the yard starts
             with server, Client(server.url) as yard:
+                loading.join()
                 story.promise(f"modelyard serve answers at {server.url}; its data is in {server.data}", True)
                 Demo(story, server, yard, Path(name)).tell()
                 story.chapter(9, "Stop")
