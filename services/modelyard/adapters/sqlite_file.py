@@ -59,6 +59,8 @@ class SqliteFile:
         self._schema, self._sync, self._busy_s = schema, sync, busy_s
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"sqlite {schema.part}", daemon=True)
+        self._loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[None] = self._loop.create_future()
         self._closed = False
         self._listener: Callable[[], None] | None = None
         self._watch: Watch | None = None
@@ -72,8 +74,6 @@ class SqliteFile:
         if sync not in ("normal", "full"):
             raise Invalid(f"sync={sync} is unknown: write sync=normal or sync=full")
         self = cls(path, schema, sync, busy_s)
-        self._loop = asyncio.get_running_loop()
-        self._opened: asyncio.Future[None] = self._loop.create_future()
         self._thread.start()
         await self._opened
         return self
