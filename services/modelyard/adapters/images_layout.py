@@ -83,7 +83,8 @@ class LayoutImages(ImageStore):
                     await in_thread(self._guarded, upload.flush)
             return await in_thread(self._guarded, self._keep, upload, repo, digest)
         finally:
-            await in_thread(upload.discard)
+            if upload.open:
+                await in_thread(upload.discard)
 
     async def get_blob(self, repo: str, digest: str, start: int = 0) -> AsyncIterator[bytes]:
         """Reads from ``start``; goes on reading when the blob is taken away meanwhile."""
@@ -177,6 +178,7 @@ class LayoutImages(ImageStore):
             self._pin_path(repo, hex_).touch()
             if not there:
                 upload.path.rename(self._blobs / hex_)
+                upload.open = False
         return not there
 
     def _index(self) -> list[dict[str, Any]]:
@@ -285,6 +287,8 @@ class _Upload:
         self._held: list[bytes] = []
         self._size = 0
         self._file: BinaryIO | None = None
+        self.open = False
+        """Something of it may lie in ``path``."""
 
     @property
     def digest(self) -> str:
@@ -298,7 +302,7 @@ class _Upload:
 
     def flush(self, last: bool = False) -> None:
         if self._file is None:
-            self._file = self.path.open("xb", buffering=0)
+            self._file, self.open = self.path.open("xb", buffering=0), True
         for chunk in self._held:
             self._hash.update(chunk)
         os_write_all(self._file.fileno(), b"".join(self._held))

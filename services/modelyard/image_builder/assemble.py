@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import csv
 import functools
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from ..core.errors import BuildFailed, Invalid, NotFound, Unavailable
@@ -28,13 +29,13 @@ from .log import BuildLog
 from .memo import Memo, key
 from .model import Image
 from .sbom import sbom
-from .tarring import GZIP_LEVEL, Entry, Layer, tar, write_layer
+from .tarring import GZIP_LEVEL, Entry, Layer, tar
 from .wheels import LARGE, distributions, grouped
 
 ENV_FORMAT = 1
 RESOLVED_S = 24 * 3600
 SERVER = Path(__file__).parents[1] / "scoring" / "requirements.txt"
-LOCK_LIMIT = 16_000_000
+T = TypeVar("T")
 _BUSY: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
 
@@ -47,17 +48,37 @@ class Result:
     lock_digest: str
 
 
-class Build:
-    """The state of one build: its folder for temporary files, its log, and what it found so far."""
+class Scratch:
+    """A folder for temporary files, made when it is first asked for."""
 
-    def __init__(self, ctx: Context, doc: Image, log: BuildLog, folder: Path) -> None:
-        self.ctx, self.doc, self.log, self.folder = ctx, doc, log, folder
+    def __init__(self, make: Callable[[], Path]) -> None:
+        self._make = make
+        self._path: Path | None = None
+
+    async def folder(self) -> Path:
+        if self._path is None:
+            self._path = await asyncio.to_thread(self._make)
+        return self._path
+
+    async def clear(self) -> None:
+        """Takes it away."""
+        if self._path is not None:
+            await asyncio.to_thread(shutil.rmtree, self._path, ignore_errors=True)
+
+
+class Build:
+    """The state of one build: its log, its temporary folder, and what it found so far."""
+
+    def __init__(self, ctx: Context, doc: Image, log: BuildLog, scratch: Scratch) -> None:
+        self.ctx, self.doc, self.log, self.scratch = ctx, doc, log, scratch
         self.memo = Memo(ctx.data / "image-builder" / "memo")
         self.places = [parts.Place.of(m, doc.score is not None) for m in doc.inputs]
         self.needs = self.flavours()
         self.server: Sequence[str] = ()
         self.packages: list[dict[str, str]] = []
         self.layers: list[Layer] = []
+        self.score: sources.Source = b""
+        self.models: list[sources.Source | Layer] = []
 
     async def run(self) -> Result:
         """The whole of it."""
@@ -65,18 +86,21 @@ class Build:
         self.log.note(f"building {doc.id} for {doc.platform}, Python {doc.python}; "
                       f"models: {', '.join(doc.models) or 'none'}")
         self.server = await asyncio.to_thread(server_requirements)
-        given = await self.fetch()
-        lock = await self.locked(given)
+        lock = await self.locked(await self.fetch())
         await self.environment(lock)
-        await self.add(await asyncio.to_thread(parts.code_layer))
-        if doc.score:
-            await self.add(await self.work(parts.score_layer, self.folder / "score", self.folder / "score.layer"))
-        for number, place in enumerate(self.places):
-            await self.model(number, place)
-        said = about(doc.python, bool(doc.score), [(p.model, p.path, p.framework or "") for p in self.places])
-        entry = Entry(f"{parts.HOME}/image.json", said)
-        await self.add(await asyncio.to_thread(parts.small_layer, "about", [entry]))
+        for made in await self.work(self.pieces):
+            if isinstance(made, Layer):
+                self.layers.append(made)
+            else:
+                await self.add(made)
+        for place, layer in zip(self.places, self.model_layers(), strict=True):
+            if layer.size > sources.BATCH:
+                await self.memo.put(self._model_key(place), store.pack([layer]))
         return await self.publish(lock)
+
+    def model_layers(self) -> list[Layer]:
+        """They stand before the last one."""
+        return self.layers[len(self.layers) - 1 - len(self.places):-1]
 
     # -- inputs and their checks ----------------------------------------------------------------------------------
 
@@ -87,27 +111,34 @@ class Build:
         if doc.lock:
             lock, problems = await self.given_lock(doc.lock)
         if doc.score:
-            await sources.fetch(self.ctx, doc, doc.score, "the scoring file", self.folder / "score")
-            problems += await asyncio.to_thread(parts.score_check, self.folder / "score")
+            self.score = await self.bring(doc.score, "the scoring file", "score")
+            problems += await asyncio.to_thread(parts.score_check, self.score)
         for number, place in enumerate(self.places):
-            if await self.remembered(place) is None:
-                path, model = self.folder / f"model-{number}", place.model
-                await sources.fetch(self.ctx, doc, model.artifact, f"model '{model.id}'", path)
-                if place.kind == "mlflow":
-                    needs, why = await asyncio.to_thread(parts.mlflow_needs, model, path)
-                    self.needs |= needs
-                    problems += why
+            model, layer = place.model, await self.remembered(place)
+            if layer is not None:
+                self.models.append(layer)
+                continue
+            source = await self.bring(model.artifact, f"model '{model.id}'", f"model-{number}")
+            self.models.append(source)
+            if place.kind == "mlflow":
+                needs, why = await asyncio.to_thread(parts.mlflow_needs, model, source)
+                self.needs |= needs
+                problems += why
         if problems:
             raise BuildFailed("; ".join(problems))
         self.log.note("the inputs are here and pass their checks")
         return lock
 
+    async def bring(self, digest: str, what: str, name: str) -> sources.Source:
+        async def path() -> Path:
+            return await self.scratch.folder() / name
+
+        return await sources.fetch(self.ctx, self.doc, digest, what, path)
+
     async def given_lock(self, digest: str) -> tuple[Lock, list[str]]:
-        path = self.folder / "lock"
-        await sources.fetch(self.ctx, self.doc, digest, "the lock", path)
-        raw = await asyncio.to_thread(path.read_bytes)
-        if len(raw) > LOCK_LIMIT:
-            raise BuildFailed(f"the lock has {len(raw)} bytes; {LOCK_LIMIT} are read at most")
+        raw = await self.bring(digest, "the lock", "lock")
+        if not isinstance(raw, bytes):
+            raise BuildFailed(f"the lock is larger than {sources.BATCH} bytes; that much is read at most")
         lock, problems = read_lock(raw.decode(errors="replace"))
         absent = lock.missing(self.server) if lock.pins else []
         if absent:
@@ -124,7 +155,7 @@ class Build:
             lock = await self.resolved()
         await self.ctx.blobs.put(where, store.chunks(lock.text.encode()))
         names = ", ".join(p.text for p in lock.pins)
-        await self.log.line(f"locked {len(lock.pins)} packages: {names}" if lock.pins else EMPTY)
+        self.log.note(f"locked {len(lock.pins)} packages: {names}" if lock.pins else EMPTY)
         return lock
 
     async def stored_lock(self, where: str) -> Lock | None:
@@ -143,7 +174,7 @@ class Build:
             await self.log.line("requirements: the same as of a build of the last 24 hours; its lock is used")
             return read_lock(found["lock"])[0]
         await self.log.line(f"requirements: {', '.join(wanted)}")
-        lock = await uv.resolve(wanted, doc.python, doc.platform, self.folder, self.log)
+        lock = await uv.resolve(wanted, doc.python, doc.platform, await self.scratch.folder(), self.log)
         await self.memo.put(name, {"at": time.time(), "lock": lock.text})
         return lock
 
@@ -173,7 +204,8 @@ class Build:
         self.layers += store.unpack(found["layers"])
 
     async def install(self, lock: Lock) -> dict[str, Any]:
-        root = await uv.install(lock, self.doc.python, self.doc.platform, self.folder, self.log)
+        folder = await self.scratch.folder()
+        root = await uv.install(lock, self.doc.python, self.doc.platform, folder, self.log)
         try:
             found = await asyncio.to_thread(distributions, root, self.doc.python)
         except (KeyError, ValueError, csv.Error, FileNotFoundError) as exc:
@@ -182,8 +214,8 @@ class Build:
 
         async def one(number: int, title: str, entries: list[Entry]) -> Layer:
             async with limit:
-                out = self.folder / f"env-{number}.layer"
-                made = await self.work(_env_layer, title, entries, out)
+                out = folder / f"env-{number}.layer"
+                made = await asyncio.to_thread(_env_layer, title, entries, out)
                 await store.put(self.ctx, self.doc, made)
                 await self.log.line(_told(made.layer))
                 await asyncio.to_thread(out.unlink)
@@ -196,39 +228,36 @@ class Build:
 
     # -- the other layers -----------------------------------------------------------------------------------------
 
+    def pieces(self) -> list[parts.Made | Layer]:
+        """Code, scoring file, models, ``image.json``. Blocking."""
+        out: list[parts.Made | Layer] = [parts.code_layer()]
+        if self.doc.score:
+            out.append(parts.score_layer(self.score))
+        for place, source in zip(self.places, self.models, strict=True):
+            out.append(source if isinstance(source, Layer) else parts.model_layer(place, source))
+        said = about(self.doc.python, bool(self.doc.score), [(p.model, p.path, p.framework or "") for p in self.places])
+        return [*out, parts.about_layer(said)]
+
     def _model_key(self, place: parts.Place) -> str:
         return key("model", place.model.artifact, place.model.unpack, place.model.id, place.path, place.kind)
 
     async def remembered(self, place: parts.Place) -> Layer | None:
-        """The layer of this model at this place, when the store has it."""
-        if place.kind == "mlflow":
-            return None  # what it needs is read from its files
-        found = await self.memo.get(self._model_key(place))
-        layers = store.unpack(found or ())
-        return layers[0] if layers and await store.there(self.ctx, self.doc, layers) else None
-
-    async def model(self, number: int, place: parts.Place) -> None:
-        path = self.folder / f"model-{number}"
-        if not await asyncio.to_thread(path.exists):
-            layer = await self.remembered(place)
-            if layer is None:
-                raise Unavailable(f"the layer of model '{place.model.id}' was taken away meanwhile; trying again")
-            self.layers.append(layer)
-            return
-        made = await self.work(parts.model_layer, place, path, self.folder / f"model-{number}.layer")
-        await self.add(made)
-        if made.layer.size > 1 << 20:
-            await self.memo.put(self._model_key(place), store.pack([made.layer]))
+        """The layer of this model at this place, when the store has it. Small ones are quicker made again, and of an
+        MLflow folder the files say what it needs."""
+        if place.kind == "mlflow" or place.model.size < sources.BATCH:
+            return None
+        found = store.unpack(await self.memo.get(self._model_key(place)) or ())
+        return found[0] if found and await store.there(self.ctx, self.doc, found) else None
 
     async def add(self, made: parts.Made) -> None:
         new = await store.put(self.ctx, self.doc, made)
         self.log.note(_told(made.layer) + ("" if new else " (there already)"))
         self.layers.append(made.layer)
 
-    async def work(self, fn: Callable[..., parts.Made], *args: Any) -> parts.Made:
-        """Makes a layer in a thread."""
+    async def work(self, fn: Callable[[], T]) -> T:
+        """In a thread; a hostile archive fails the build."""
         try:
-            return await asyncio.to_thread(fn, *args)
+            return await asyncio.to_thread(fn)
         except Invalid as exc:
             raise BuildFailed(exc.message) from exc
 
@@ -249,7 +278,7 @@ class Build:
 
 
 def _env_layer(title: str, entries: list[Entry], out: Path) -> parts.Made:
-    return parts.Made(write_layer(title, tar(entries), out, gzip=True), out)
+    return parts.made(title, tar(entries), gzip=True, into=out)
 
 
 def _told(layer: Layer) -> str:

@@ -15,7 +15,7 @@ from ..core.errors import BuildFailed, Unavailable
 from ..core.layout import image_prefix
 from ..kernel.service import Change, Context, Loop
 from . import sources
-from .assemble import Build, Result
+from .assemble import Build, Result, Scratch
 from .log import BuildLog, log_file
 from .model import Image, building, built, failed, removed
 
@@ -37,11 +37,11 @@ async def step(ctx: Context, doc: Image) -> Change[Image]:
 async def build(ctx: Context, doc: Image) -> Change[Image]:
     """Builds; a failure of the owner's making is an outcome, any other is raised and tried again."""
     log, began = BuildLog(log_file(ctx, doc)), time.monotonic()
-    folder = await asyncio.to_thread(_folder, ctx, doc)
+    scratch = Scratch(lambda: _folder(ctx, doc))
     try:
-        await sources.hold(ctx, doc)
+        await sources.hold_once(ctx, doc)
         doc = await ctx.change(Image, doc.id, lambda d: building(d, ctx.now()), workspace=doc.workspace)
-        result = await Build(ctx, doc, log, folder).run()
+        result = await Build(ctx, doc, log, scratch).run()
     except BuildFailed as exc:
         return await _over(ctx, doc, log, exc.message)
     except Unavailable as exc:
@@ -54,7 +54,7 @@ async def build(ctx: Context, doc: Image) -> Change[Image]:
         return await _over(ctx, doc, log, f"the builder failed {doc.attempts + 1} times ({type(exc).__name__}); "
                                           "the server's log says where")
     finally:
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        await scratch.clear()
     log.note(f"built {result.digest}, {result.size / 1e6:.1f} MB, in {time.monotonic() - began:.2f} s")
     return await _over(ctx, doc, log, result)
 
@@ -89,21 +89,25 @@ async def take_apart(ctx: Context, doc: Image) -> None:
     await ctx.images.remove(doc.repo, doc.tag)
     async for blob in ctx.blobs.list(image_prefix(doc.workspace, doc.id)):
         await ctx.blobs.delete(blob.key)
-    await BuildLog(log_file(ctx, doc)).forget()
-    await asyncio.to_thread(_swept, ctx, doc)
+    await asyncio.to_thread(_forget, ctx, doc)
+
+
+def _forget(ctx: Context, doc: Image) -> None:
+    log_file(ctx, doc).unlink(missing_ok=True)
+    _swept(ctx, doc)
 
 
 def _folder(ctx: Context, doc: Image) -> Path:
     """A new folder for temporary files."""
     prefix = _swept(ctx, doc)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix=prefix.name, dir=prefix.parent))
 
 
 def _swept(ctx: Context, doc: Image) -> Path:
     """Where temporary folders of this image begin; those of builds that died are gone."""
     root, prefix = ctx.data / "image-builder" / "tmp", f"{doc.workspace}.{doc.name}.{doc.version}."
-    root.mkdir(parents=True, exist_ok=True)
-    for old in root.iterdir():
+    for old in root.iterdir() if root.is_dir() else ():
         if old.name.startswith(prefix):
             shutil.rmtree(old, ignore_errors=True)
     return root / prefix

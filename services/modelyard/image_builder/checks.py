@@ -59,7 +59,7 @@ def flavour(model: ModelInput) -> tuple[str, str]:
 def score_problems(source: bytes, name: str = "score.py") -> list[str]:
     """What keeps a scoring file from being served, each with its line."""
     if len(source) > SCORE_LIMIT:
-        return [f"{name} has {len(source)} bytes; {SCORE_LIMIT} are read at most"]
+        return [f"{name} has more than {SCORE_LIMIT} bytes, which are read at most"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -60,10 +60,11 @@ class BuildLog:
 
     async def keep(self, ctx: Context, doc: Image) -> None:
         """The build is over: the file becomes a blob. Whoever follows goes on there, at the same byte."""
-        await self.flush()
+        lines, self._waiting = self._waiting, []
         data = await asyncio.to_thread(_whole, self._path)
-        await ctx.blobs.put(image_key(doc.workspace, doc.id, "log"), _once(data))
-        await self.forget()
+        await ctx.blobs.put(image_key(doc.workspace, doc.id, "log"), _once(data + "".join(lines).encode()))
+        if data:
+            await self.forget()
 
     async def forget(self) -> None:
         """Takes the file away; fine when there is none."""

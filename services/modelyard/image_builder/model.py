@@ -31,6 +31,7 @@ class ModelInput(BaseModel):
     name: str
     version: int
     artifact: str
+    size: int = 0
     unpack: bool = False
     filename: str | None = None
     framework: str | None = None

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import tempfile
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import archives
 from ..core.errors import BuildFailed, Invalid
-from .checks import flavour, requirement, score_problems
+from .checks import SCORE_LIMIT, flavour, requirement, score_problems
 from .model import ModelInput
-from .sources import is_archive
-from .tarring import CHUNK, END, Entry, Layer, header, padding, parents, tar, write_layer
+from .sources import Source, is_archive
+from .tarring import CHUNK, END, Entry, Layer, header, opened, padding, parents, tar, write_layer
 
 HOME = "opt/modelyard"
 PACKAGE = Path(__file__).parents[1]
@@ -31,41 +31,41 @@ class Made:
     """A layer and its bytes: a file, or memory when small."""
 
     layer: Layer
-    source: Path | bytes
+    source: Source
 
 
+@functools.cache
 def code_layer() -> Made:
-    """The part of this package that a scoring server needs. Blocking; remembered while no file changes."""
-    files = [p for pattern in CODE for p in sorted(PACKAGE.glob(pattern))
-             if p.parent != PACKAGE or p.name in CODE_TOP]
-    state = tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in dict.fromkeys(files))
-    return _code(state)
+    """The part of this package that a scoring server needs. Blocking, once in a process."""
+    files = [p for pattern in CODE for p in PACKAGE.glob(pattern) if p.parent != PACKAGE or p.name in CODE_TOP]
+    entries = [Entry(f"{HOME}/lib/modelyard/{p.relative_to(PACKAGE).as_posix()}", p) for p in set(files)]
+    return made("code", tar([*entries, Entry(f"{HOME}/launch.py", PACKAGE / "scoring" / "launch.py")]), gzip=True)
 
 
-@functools.lru_cache(maxsize=2)
-def _code(state: tuple[tuple[str, int, int], ...]) -> Made:
-    entries = [Entry(f"{HOME}/lib/modelyard/{Path(name).relative_to(PACKAGE).as_posix()}", Path(name))
-               for name, _, _ in state]
-    entries.append(Entry(f"{HOME}/launch.py", (PACKAGE / "scoring" / "launch.py").read_bytes()))
-    return small_layer("code", entries, gzip=True)
+def about_layer(said: bytes) -> Made:
+    """``image.json`` alone: it changes with every model, and is small. Blocking."""
+    return made("about", tar([Entry(f"{HOME}/image.json", said)]))
 
 
-def small_layer(title: str, entries: Sequence[Entry], *, gzip: bool = False) -> Made:
-    """A layer made in a temporary file and kept in memory. Blocking."""
-    with tempfile.NamedTemporaryFile() as file:
-        layer = write_layer(title, tar(entries), Path(file.name), gzip=gzip)
-        return Made(layer, Path(file.name).read_bytes())
+def made(title: str, pieces: Iterable[bytes], *, gzip: bool = False, into: Path | None = None) -> Made:
+    """A layer in the file ``into``, or in memory. Blocking."""
+    if into is not None:
+        with into.open("wb") as file:
+            return Made(write_layer(title, pieces, file, gzip=gzip), into)
+    memory = io.BytesIO()
+    return Made(write_layer(title, pieces, memory, gzip=gzip), memory.getvalue())
 
 
 # -- the scoring file -------------------------------------------------------------------------------------------------
 
 
-def score_check(path: Path) -> list[str]:
+def score_check(source: Source) -> list[str]:
     """Problems of a scoring file or of a folder with one. Blocking."""
-    if not is_archive(path):
-        return score_problems(path.read_bytes())
+    if not is_archive(source):
+        with opened(source) as file:
+            return score_problems(file.read(SCORE_LIMIT + 1))
     try:
-        with path.open("rb") as file:
+        with opened(source) as file:
             for entry, content in archives.entries(file):
                 if entry.name == "score.py":
                     return score_problems(b"".join(content))
@@ -74,16 +74,22 @@ def score_check(path: Path) -> list[str]:
     return ["the scoring folder has no score.py at its top"]
 
 
-def score_layer(path: Path, out: Path) -> Made:
+def score_layer(source: Source) -> Made:
     """``opt/modelyard/score/…``. Blocking."""
-    pieces = tree(path, f"{HOME}/score") if is_archive(path) else tar([Entry(f"{HOME}/score/score.py", path)])
-    return Made(write_layer("score", pieces, out, gzip=True), out)
+    root = f"{HOME}/score"
+    pieces = tree(source, root) if is_archive(source) else tar([Entry(f"{root}/score.py", source)])
+    return made("score", pieces, gzip=True, into=beside(source))
 
 
-def tree(archive: Path, root: str) -> Iterator[bytes]:
+def beside(source: Source) -> Path | None:
+    """Where the layer of a large source is written; None for a small one."""
+    return None if isinstance(source, bytes) else source.with_name(source.name + ".layer")
+
+
+def tree(archive: Source, root: str) -> Iterator[bytes]:
     """The files of an artifact's tar, below ``root``, as a tar of ours. Raises Invalid for a hostile archive."""
     seen: set[str] = set()
-    with archive.open("rb") as file:
+    with opened(archive) as file:
         for entry in sorted(archives.inspect(file), key=lambda e: e.name):
             name = f"{root}/{entry.name}"
             yield parents(name, seen) + header(name, entry.size, executable=entry.executable)
@@ -126,12 +132,12 @@ class Place:
         return FRAMEWORKS.get(self.kind, self.model.framework)
 
 
-def mlflow_needs(model: ModelInput, path: Path) -> tuple[set[str], list[str]]:
+def mlflow_needs(model: ModelInput, source: Source) -> tuple[set[str], list[str]]:
     """The requirements of an MLflow folder that our server can serve, and its problems. Its own list is taken,
     without MLflow itself. Blocking."""
     names, listed = set(), b""
     try:
-        with path.open("rb") as file:
+        with opened(source) as file:
             for entry, content in archives.entries(file):
                 names.add(entry.name)
                 if entry.name == "requirements.txt" and entry.size < CHUNK:
@@ -148,8 +154,8 @@ def mlflow_needs(model: ModelInput, path: Path) -> tuple[set[str], list[str]]:
     return NEEDS[served] | {line for line in lines if not line.startswith("mlflow")}, []
 
 
-def model_layer(place: Place, path: Path, out: Path) -> Made:
+def model_layer(place: Place, source: Source) -> Made:
     """An uncompressed tar: weights do not shrink, and an unchanged part stays findable. Blocking."""
     root = f"{HOME}/{place.path}"
-    pieces = tree(path, root) if place.model.unpack else tar([Entry(root, path)])
-    return Made(write_layer(f"model: {place.model.id}", pieces, out, gzip=False), out)
+    pieces = tree(source, root) if place.model.unpack else tar([Entry(root, source)])
+    return made(f"model: {place.model.id}", pieces, into=beside(source))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,29 @@ from ..core.layout import artifact_key
 from ..kernel.forward import Peers
 from ..kernel.service import Context
 from .model import Image
+from .tarring import opened
 
 BATCH = 1 << 20
+Source = Path | bytes
+"""An artifact that was brought here: a file, or its bytes when they are few."""
+NOTES = 1024
+_PLACED: dict[tuple[int, str, str], bool] = {}
+"""Images whose holds this process has placed and whose build has not begun: it saves asking twice."""
 TAR_MAGIC = slice(257, 262)
 
 
 def _hold_path(model: str, image: str) -> str:
     return f"/internal/v1/models/{Peers.quote(model)}/holds/image/{Peers.quote(image)}"
+
+
+def _note(ctx: Context, doc: Image) -> tuple[int, str, str]:
+    return id(ctx.store), doc.workspace, doc.id
+
+
+async def hold_once(ctx: Context, doc: Image) -> None:
+    """As ``hold``, unless this process has done it for this image a moment ago, when it was asked for."""
+    if _PLACED.pop(_note(ctx, doc), None) is None:
+        await hold(ctx, doc)
 
 
 async def hold(ctx: Context, doc: Image) -> None:
@@ -37,6 +53,9 @@ async def hold(ctx: Context, doc: Image) -> None:
             raise answer
     if refused:
         raise BuildFailed("; ".join(refused))
+    _PLACED[_note(ctx, doc)] = True
+    while len(_PLACED) > NOTES:
+        del _PLACED[next(iter(_PLACED))]
 
 
 async def let_go(ctx: Context, doc: Image) -> None:
@@ -56,26 +75,33 @@ async def has_artifact(ctx: Context, digest: str, workspace: str) -> bool:
     return await ctx.peers.call("registry", "HEAD", path, workspace=workspace) is not None
 
 
-async def fetch(ctx: Context, doc: Image, digest: str, what: str, path: Path) -> None:
-    """Streams an artifact into ``path``. BuildFailed when it is gone or is not what was registered."""
-    seen = hashlib.sha256()
-
-    def write(batch: bytes) -> None:
-        with path.open("ab") as file:
-            file.write(batch)
-        seen.update(batch)
-
+async def fetch(ctx: Context, doc: Image, digest: str, what: str, path: Callable[[], Awaitable[Path]]) -> Source:
+    """An artifact: its bytes when it is small, else a file at ``path``. BuildFailed when it is gone or is not what
+    was registered."""
+    seen, few, many = hashlib.sha256(), b"", None
     try:
         async for batch in _batches(ctx.blobs.get(artifact_key(doc.workspace, digest))):
-            await asyncio.to_thread(write, batch)
+            if many is None and len(batch) < BATCH:
+                few = batch  # the only one: a batch is smaller only at the end
+                seen.update(few)
+                continue
+            many = many or await path()
+            await asyncio.to_thread(_append, many, batch, seen)
     except NotFound as exc:
         raise BuildFailed(f"{what} is gone: {exc.message}") from exc
     if f"sha256:{seen.hexdigest()}" != digest:
         raise BuildFailed(f"{what} is damaged: its bytes do not have the digest {digest}")
+    return few if many is None else many
+
+
+def _append(path: Path, batch: bytes, seen: Any) -> None:
+    with path.open("ab") as out:
+        out.write(batch)
+    seen.update(batch)
 
 
 async def _batches(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Gathered to about 1 MiB; at least one batch, empty or not."""
+    """Gathered to at least 1 MiB each, but for the last."""
     held: list[bytes] = []
     size = 0
     async for chunk in chunks:
@@ -84,10 +110,11 @@ async def _batches(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         if size >= BATCH:
             yield b"".join(held)
             held, size = [], 0
-    yield b"".join(held)
+    if held:
+        yield b"".join(held)
 
 
-def is_archive(path: Path) -> bool:
-    """Whether a file is a tar. Blocking."""
-    with path.open("rb") as file:
+def is_archive(source: Source) -> bool:
+    """Whether it is a tar. Blocking."""
+    with opened(source) as file:
         return file.read(512)[TAR_MAGIC] == b"ustar"

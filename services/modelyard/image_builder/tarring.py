@@ -7,11 +7,13 @@ two empty blocks and no more, so that layers can be joined into one archive.
 from __future__ import annotations
 
 import hashlib
+import io
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 TAR = "application/vnd.oci.image.layer.v1.tar"
 TAR_GZ = "application/vnd.oci.image.layer.v1.tar+gzip"
@@ -97,23 +99,28 @@ def file_chunks(path: Path, size: int) -> Iterator[bytes]:
             yield chunk
 
 
-def write_layer(title: str, pieces: Iterable[bytes], path: Path, *, gzip: bool) -> Layer:
-    """Writes a tar stream to ``path``, as it is or gzipped, in one pass. Blocking."""
+def opened(source: Path | bytes) -> BinaryIO:
+    """A file or bytes, to read and seek."""
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+
+
+def write_layer(title: str, pieces: Iterable[bytes], out: BinaryIO, *, gzip: bool) -> Layer:
+    """Writes a tar stream, as it is or gzipped, in one pass. Blocking."""
     whole, stored, size = hashlib.sha256(), hashlib.sha256(), 0
     squeeze = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31) if gzip else None
-    with path.open("wb") as out:
-        def write(data: bytes) -> None:
-            nonlocal size
-            size += len(data)
-            stored.update(data)
-            out.write(data)
 
-        for piece in pieces:
-            whole.update(piece)
-            if squeeze is not None:
-                piece = squeeze.compress(piece)
-            if piece:
-                write(piece)
+    def write(data: bytes) -> None:
+        nonlocal size
+        size += len(data)
+        stored.update(data)
+        out.write(data)
+
+    for piece in pieces:
+        whole.update(piece)
         if squeeze is not None:
-            write(squeeze.flush())
+            piece = squeeze.compress(piece)
+        if piece:
+            write(piece)
+    if squeeze is not None:
+        write(squeeze.flush())
     return Layer(title, f"sha256:{stored.hexdigest()}", f"sha256:{whole.hexdigest()}", size, TAR_GZ if gzip else TAR)
