@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 UV     := $(VENV)/bin/uv
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test test-fast test-faults bench lint proto schemas clean
+.PHONY: help demo test test-fast bench lint proto constraints clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ —/' | sort
@@ -46,6 +46,11 @@ lint: $(VENV)/.test          ## ruff, mypy, the floors, generated code is up to 
 
 proto: $(VENV)/.test         ## make the generated code and the event schemas again
 	@sh infra/generated.sh write
+
+constraints: $(UV)           ## resolve the versions that everything is tested with anew
+	@{ echo "# The versions that CI runs with; \`make constraints\` resolves them anew."; \
+	  $(UV) pip compile -q pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate; } > .constraints
+	@mv .constraints constraints.txt
 
 clean:                       ## forget the virtual environment and every cache
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -61,8 +61,8 @@ class Yard:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, profile: str, data: Path, **env: str) -> Yard:
-        names = ("all",) if profile == "all-in-one" else SERVICES
+    def start(cls, profile: str, data: Path, services: tuple[str, ...] = SERVICES, **env: str) -> Yard:
+        names = ("all",) if profile == "all-in-one" else services
         ports = {name: free_port() for name in names}
         settings = dict(os.environ, MODELYARD_DATA=str(data), ORT_DISABLE_TELEMETRY="1", **env)
         if profile == "apart":
