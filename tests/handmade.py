@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -25,15 +26,15 @@ async def chunks(*pieces: bytes) -> AsyncIterator[bytes]:
         yield piece
 
 
-def tar(files: Mapping[str, bytes], gzip: bool = False) -> bytes:
+def tar(files: Mapping[str, bytes], squeeze: bool = False) -> bytes:
     """A layer of these files."""
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz" if gzip else "w", format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, data in sorted(files.items()):
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(data), 0o644
             archive.addfile(member, io.BytesIO(data))
-    return out.getvalue()
+    return gzip.compress(out.getvalue(), mtime=0) if squeeze else out.getvalue()
 
 
 def environment() -> dict[str, bytes]:
@@ -68,4 +69,4 @@ async def put(images: ImageStore, repo: str, tag: str, layers: list[bytes], env:
 
 async def image(images: ImageStore, repo: str, tag: str, score: str = ECHO) -> str:
     """An image that answers with ``score``; the digest of its manifest."""
-    return await put(images, repo, tag, [tar(environment(), gzip=True), tar(scorer(score))], {"FROM_IMAGE": tag})
+    return await put(images, repo, tag, [tar(environment(), squeeze=True), tar(scorer(score))], {"FROM_IMAGE": tag})
