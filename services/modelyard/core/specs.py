@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, model_validator
 
 from .documents import DIGEST, Ref, Time
+from .errors import Invalid
 
 MODEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9\-._]{0,254}$")
 IMAGE_NAME = re.compile(r"^[a-z0-9](?:[a-z0-9]|[.\-](?=[a-z0-9])){1,30}[a-z0-9]$")
@@ -51,7 +52,10 @@ TextMap = Annotated[
 
 
 def _reference(value: str) -> str:
-    Ref.parse(value)
+    try:
+        Ref.parse(value)
+    except Invalid as exc:
+        raise ValueError(exc.message) from exc  # one problem among all of a request
     return value
 
 
