@@ -130,13 +130,14 @@ def check_story(notes: Path) -> None:
 
 
 async def check_effects(yard: Yard) -> None:
-    """2,000 images built once and gone; 2,000 holds placed once and released once: a model has eight commits,
-    its registration, five tag changes, one hold placed and one released."""
+    """2,000 images built once and gone; 2,000 holds placed once and released once: a model has eight commits, its
+    registration, five tag changes, one hold placed and one released, and a ninth when it was the latest no more."""
     registry = await SqliteStore.open(yard.data / "yard.db", "registry")
     builder = await SqliteStore.open(yard.data / "yard.db", "image-builder")
     models = await registry.find(Model, workspace=None, limit=10_000)
     images = await builder.find(Image, workspace=None, limit=10_000, tombstones=True)
-    assert len(models) == ROUNDS and {m.revision for m in models} == {8}
+    assert len(models) == ROUNDS and [m.id for m in models if m.holds] == []
+    assert [m.id for m in models if m.revision != (8 if m.marks else 9)] == []
     assert len({m.id for m in models}) == ROUNDS
     assert len(images) == ROUNDS and all(i.deleted for i in images)
     assert await registry.pending(10) == [] == await builder.pending(10)
