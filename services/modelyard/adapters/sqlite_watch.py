@@ -15,7 +15,8 @@ from pathlib import Path
 
 IN_MODIFY = 0x2
 PAUSE_S = 0.004
-"""After a notice the next one waits so long: a burst of commits is one notice."""
+"""After a notice the next one waits so long: a burst of commits is one notice. It always comes, because a commit is
+written to the file a moment before others can see it: who looks at the first notice may look too early."""
 
 
 class Watch:
@@ -58,3 +59,4 @@ class Watch:
     def _again(self) -> None:
         if self._fd >= 0:
             self._loop.add_reader(self._fd, self._readable)
+            self._notice()

@@ -160,6 +160,22 @@ async def test_others_are_heard_with_and_without_the_kernels_help(tmp_path: Path
     await other.close()
 
 
+async def test_a_single_write_is_noticed_again_when_it_is_sure_to_be_visible(tmp_path: Path) -> None:
+    """The first notice comes while the writer is still at it; a look that came too early is made good."""
+    log = tmp_path / "yard.db-wal"
+    log.touch()
+    noticed: list[float] = []
+    watch = Watch(lambda: noticed.append(time.monotonic()))
+    assert watch.start(tmp_path / "yard.db")
+    handle = os.open(log, os.O_WRONLY)
+    await asyncio.to_thread(os.write, handle, b"one write")
+    await asyncio.sleep(0.2)
+    os.close(handle)
+    watch.stop()
+    assert len(noticed) == 2
+    assert noticed[1] - noticed[0] >= 0.003
+
+
 @pytest.mark.slow
 async def test_waiting_costs_next_to_nothing(bus: SqliteBus) -> None:
     async with bus.subscribe("g", TOPICS):
