@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 IN_MODIFY = 0x2
-PAUSE_S = 0.004
+PAUSE_S = 0.015
 """After a notice the next one waits so long: a burst of commits is one notice. It always comes, because a commit is
 written to the file a moment before others can see it: who looks at the first notice may look too early."""
 

@@ -27,6 +27,8 @@ D = TypeVar("D", bound=Document)
 T = TypeVar("T")
 DOCUMENT_LIMIT = 1024 * 1024
 MAX_WAIT_S = 60.0
+LOOK_S = 0.25
+"""So often a long poll looks by itself: another process may have committed."""
 GONE_S = 5.0
 """So often is it seen whether a silent stream's caller is still there."""
 CHUNK = 64 * 1024
@@ -173,8 +175,9 @@ class Call:
     async def wait_for(self, ctx: Context, type_: type[D], id: str, until: Callable[[D], bool]) -> D:
         """The document as soon as ``until`` holds, or as it is after ``?wait=`` seconds. NotFound when it is gone."""
         clock = asyncio.get_running_loop()
-        end, pause = clock.time() + self.wait_s, 0.02
+        end = clock.time() + self.wait_s
         while True:
+            changed = ctx.changes.listen(type_.kind, self.workspace, id)
             doc = await ctx.store.get(type_, id, workspace=self.workspace)
             if doc is None:
                 raise NotFound(f"there is no {type_.kind} '{id}'", kind=type_.kind, id=id)
@@ -183,8 +186,8 @@ class Call:
                 return doc
             self._still_there()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.closing.wait(), min(pause, left))
-            pause = min(pause * 1.5, 0.25)
+                async with asyncio.timeout(min(LOOK_S, left)):
+                    await changed.wait()
 
     def _still_there(self) -> None:
         if self.request.transport is None or self.request.transport.is_closing():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any, TextIO
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..core.documents import rfc3339
+from ..core.events import random_hex
 
 TRACEPARENT = re.compile(r"^(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(?:-.*)?$")
 _trace: ContextVar[str | None] = ContextVar("modelyard_traceparent", default=None)
@@ -30,7 +30,7 @@ _service: ContextVar[str | None] = ContextVar("modelyard_service", default=None)
 
 def new_traceparent() -> str:
     """A fresh, sampled W3C traceparent: ``00-<trace id>-<span id>-01``."""
-    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+    return f"00-{random_hex(32)}-{random_hex(16)}-01"
 
 
 def current_traceparent() -> str | None:
@@ -48,7 +48,7 @@ def current_trace_id() -> str | None:
 def trace_from(traceparent: str | None) -> Iterator[str]:
     """Works inside the trace that came in, under a span of its own; a missing or malformed one starts a trace."""
     match = TRACEPARENT.match(traceparent) if traceparent else None
-    value = f"00-{match[1]}-{secrets.token_hex(8)}-{match[2]}" if match else new_traceparent()
+    value = f"00-{match[1]}-{random_hex(16)}-{match[2]}" if match else new_traceparent()
     token = _trace.set(value)
     try:
         yield value

@@ -16,6 +16,7 @@ from ..ports.images import ImageStore
 from ..ports.store import DocumentStore
 from ..ports.targets import DeploymentTarget
 from .observe import current_traceparent
+from .wakes import Changes
 
 if TYPE_CHECKING:
     from .forward import Peers
@@ -42,11 +43,13 @@ class Context:
     wake: Callable[[str], None] = lambda what: None
     """``wake("relay")``, ``wake("build")``: somebody has work for that loop, look now."""
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+    changes: Changes = field(default_factory=Changes)
 
     async def commit(self, doc: D, *facts: Fact, cause: str | None = None) -> D:
         """One commit: state, events and cause. Raises what ``DocumentStore.commit`` raises."""
         doc, events = announce(doc, self.service, *facts, traceparent=current_traceparent(), now=self.now())
         stored = await self.store.commit(doc, events, cause)
+        self.changes.tell(doc.kind, doc.workspace, doc.id)
         if events:
             self.wake("relay")
         return stored

@@ -3,6 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+from weakref import WeakValueDictionary
+
+Key = tuple[str, str, str]
+
+
+class Changes:
+    """Tells those who wait for a document of this process that it was committed. Another process's commits are not
+    told: whoever waits looks again now and then."""
+
+    def __init__(self) -> None:
+        self._waiting: WeakValueDictionary[Key, asyncio.Event] = WeakValueDictionary()
+
+    def tell(self, kind: str, workspace: str, id: str) -> None:
+        """Call from the event loop's thread, after the commit."""
+        if (event := self._waiting.pop((kind, workspace, id), None)) is not None:
+            event.set()
+
+    def listen(self, kind: str, workspace: str, id: str) -> asyncio.Event:
+        """Set by the next commit of this document. Ask before reading it, so that no commit slips between. It is
+        forgotten when nobody holds it any more."""
+        return self._waiting.setdefault((kind, workspace, id), asyncio.Event())
 
 
 class Wakes:
