@@ -37,11 +37,14 @@ def serve(
     """Runs the services until Ctrl-C. All of them in one process, or one each."""
     import asyncio
 
+    import uvloop
+
     from ..node import run
     from ..settings import load
 
     settings = load(config, host=host, port=port, data=data, insecure=insecure, log_level=log_level)
-    asyncio.run(run(settings, [s.value for s in services or []], ready=_ready))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run(settings, [s.value for s in services or []], ready=_ready))
 
 
 def _ready(url: str, services: list[str]) -> None:
