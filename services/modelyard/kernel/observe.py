@@ -100,13 +100,17 @@ class HumanLines(logging.Formatter):
 
 
 def setup_logging(level: str = "INFO", *, human: bool | None = None, stream: TextIO | None = None) -> None:
-    """Logs of the whole process to ``stream`` (stderr). ``human`` None: human-readable on a terminal, else JSON."""
+    """Logs of the whole process to ``stream`` (stderr). ``human`` None: human-readable on a terminal, else JSON.
+
+    Called again, it replaces what it set up; handlers that others put up stay.
+    """
     out = stream or sys.stderr
     handler = logging.StreamHandler(out)
     handler.setFormatter(HumanLines() if (out.isatty() if human is None else human) else JsonLines())
     root = logging.getLogger()
     for old in root.handlers[:]:
-        root.removeHandler(old)
+        if isinstance(old.formatter, HumanLines | JsonLines):
+            root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level.upper())
 
