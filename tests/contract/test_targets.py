@@ -23,6 +23,8 @@ from modelyard.ports.targets import DeploymentTarget, Observed, Workload
 from tests import handmade
 from tests.backends import backends, url_of
 
+pytestmark = pytest.mark.slow  # real programs are started and stopped
+
 WHO = "import os\n\ndef run(data):\n    return {'who': os.environ.get('WHO', 'nobody'), 'pid': os.getpid()}\n"
 
 

@@ -1,6 +1,7 @@
 """The floors: who may import whom, and who may hold a driver."""
 
 import ast
+import functools
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -32,6 +33,7 @@ DRIVERS = {
 """Third-party name → the files, below the package, that may import it."""
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Top-level names of the absolute imports anywhere in a file, lazy ones included."""
     names: set[str] = set()

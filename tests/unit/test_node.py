@@ -20,6 +20,8 @@ from modelyard.core.errors import Conflict, Invalid, ModelyardError
 from modelyard.kernel import folder
 from modelyard.settings import Settings, load
 
+pytestmark = pytest.mark.slow  # real programs are started and stopped
+
 EVERY = ["registry", "image-builder", "deployer", "telemetry"]
 
 

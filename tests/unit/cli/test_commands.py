@@ -15,6 +15,8 @@ import yaml
 
 from tests.e2e.yard import Yard, until
 
+pytestmark = pytest.mark.slow  # real programs are started and stopped
+
 SCORE = "def run(data):\n    return data\n"
 
 

@@ -8,6 +8,8 @@ import pytest
 from modelyard import Client
 from modelyard.core.errors import Invalid, NotFound
 
+pytestmark = pytest.mark.slow  # real programs are started and stopped
+
 SCORE = "def run(data):\n    return data\n"
 
 

@@ -175,6 +175,7 @@ async def test_requests_are_forgotten_by_the_loop(tmp_path: Path) -> None:
         await asyncio.gather(loop, return_exceptions=True)
 
 
+@pytest.mark.slow  # 8 MiB bodies
 async def test_raw_bodies_count_as_well(tmp_path: Path) -> None:
     async with yard(tmp_path) as here:
         async def send(data: bytes) -> tuple[int, Any]:

@@ -20,6 +20,8 @@ from modelyard.wire import inference_pb2 as pb
 from modelyard.wire.inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.unit.scoring.roots import SERVICES, Replica, command, launch, make_root
 
+pytestmark = pytest.mark.slow  # real programs are started and stopped
+
 ECHO = "import time\ndef run(data):\n    time.sleep(data.get('sleep', 0))\n    return data\n"
 RETRY = [
     (
