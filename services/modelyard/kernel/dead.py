@@ -89,7 +89,7 @@ class DeadLetter(Document):
 
 
 class Seen(Document):
-    """The highest sequence this service has handled of a subject that has had a dead letter (id = subject)."""
+    """The highest sequence this service has handled of a subject that has had a dead letter (id: ``seen_id``)."""
 
     kind: ClassVar[str] = "seen-sequence"
     newest: int = 0
@@ -172,19 +172,24 @@ async def bury(ctx: Context, raw: Raw, envelope: Envelope | None, error: BaseExc
         DEAD_LETTERS.labels(ctx.service, raw.topic).inc()
 
 
+def seen_id(envelope: Envelope) -> str:
+    """Whose events are numbered together: ids are unique within a source's kind only."""
+    return f"{envelope.source} {envelope.subject}"
+
+
 async def note_seen(ctx: Context, envelope: Envelope, *, create: bool = False) -> None:
     """Keeps the newest sequence of a subject that has had a dead letter; costs one read for any other subject."""
-    if not create and await ctx.store.get(Seen, envelope.subject, workspace=envelope.workspace) is None:
+    if not create and await ctx.store.get(Seen, seen_id(envelope), workspace=envelope.workspace) is None:
         return
     number = int(envelope.sequence) - (1 if create else 0)
 
     def raise_to(old: Seen | None) -> Seen | None:
         if old is not None and old.newest >= number:
             return None
-        seen = old or Seen(id=envelope.subject, workspace=envelope.workspace)
+        seen = old or Seen(id=seen_id(envelope), workspace=envelope.workspace)
         return seen.evolve(newest=number, updated=ctx.now())
 
-    await upsert(ctx, Seen, envelope.subject, envelope.workspace, raise_to)
+    await upsert(ctx, Seen, seen_id(envelope), envelope.workspace, raise_to)
 
 
 async def dead_letters(store: DocumentStore, *, workspace: str = "default", topic: str | None = None,
@@ -219,7 +224,7 @@ async def replay(ctx: Context, service: Service, id: str, *, workspace: str = "d
     if handler is None:
         raise Invalid(f"{service.name} no longer handles {letter.topic}; drop the letter", code="no-handler")
     envelope = letter.event.envelope()
-    seen = await ctx.store.get(Seen, envelope.subject, workspace=envelope.workspace)
+    seen = await ctx.store.get(Seen, seen_id(envelope), workspace=envelope.workspace)
     if seen is not None and seen.newest > int(envelope.sequence):
         await _close(ctx, id, workspace, "superseded")
         return "superseded"

@@ -16,7 +16,7 @@ from modelyard.core.errors import Conflict, Invalid, NotFound, Unavailable
 from modelyard.core.events import Envelope
 from modelyard.kernel import consume as consuming
 from modelyard.kernel.consume import DeadLetter, ParkedKey, dead_letter, dead_letters, drop, replay
-from modelyard.kernel.dead import Raw, Seen
+from modelyard.kernel.dead import Raw, Seen, seen_id
 from modelyard.kernel.observe import CONSUMER_IN_FLIGHT, current_trace_id
 from modelyard.kernel.run import run_service
 from modelyard.kernel.service import Context, Service
@@ -310,7 +310,7 @@ async def test_replaying_what_newer_events_have_overtaken_is_superseded(house: O
 
 
 async def _seen(h: House, number: int) -> bool:
-    seen = await h.store.get(Seen, "k")
+    seen = await h.store.get(Seen, seen_id(event(number, key="k")))
     return seen is not None and seen.newest >= number
 
 
