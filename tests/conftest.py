@@ -1,7 +1,9 @@
-"""For all tests: a blocking call of ours in the event loop fails the unit and contract tests; a house to stand in."""
+"""For all tests: a blocking call of ours in the event loop fails the unit and contract tests; a house to stand in;
+and a user's cache that is not the user's."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from modelyard.ports.store import DocumentStore
 
 HERE = Path(__file__).parent
 GUARDED = (HERE / "unit", HERE / "contract")
+UV_CACHE = os.environ.get("UV_CACHE_DIR") or f"{os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'}/uv"
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +34,19 @@ def never_blocking(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with blockbuster_ctx("modelyard"):
         yield
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def not_the_users_cache(request: pytest.FixtureRequest, session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests make does not go to the user's own cache, nor come from it; end to end it does, as with wheels."""
+    if not request.path.is_relative_to(HERE / "e2e"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(session_cache))
+        monkeypatch.setenv("UV_CACHE_DIR", UV_CACHE)
 
 
 @dataclass(frozen=True)

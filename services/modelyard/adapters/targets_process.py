@@ -25,6 +25,7 @@ from . import targets_process_runs as runs
 from .folder import in_thread
 from .targets_process_logs import LogReader
 from .targets_process_roots import Root, Roots
+from .targets_process_trees import SharedLayers
 
 ANSWER_S = 10.0
 STOP_S = 75.0
@@ -35,12 +36,12 @@ LINE = 1 << 22
 class ProcessTarget(DeploymentTarget):
     """One data folder's deployments on this machine. ``stop_all`` ends them; ``close`` leaves them running."""
 
-    def __init__(self, name: str, images: ImageStore, data: Path) -> None:
+    def __init__(self, name: str, images: ImageStore, data: Path, shared: SharedLayers | None = None) -> None:
         self.name = name
         self._data = data.absolute()
         self._runs = self._data / "run"
         self._images = images
-        self._roots = Roots(self._data, images)
+        self._roots = Roots(self._data, images, shared)
         self._turn: dict[Path, asyncio.Lock] = {}
         self._pinned: Counter[Path] = Counter()
 
@@ -54,11 +55,13 @@ class ProcessTarget(DeploymentTarget):
 
     async def close(self) -> None:
         """Supervisors go on: another ProcessTarget on this folder adopts them."""
+        await self._harvest()
 
     async def stop_all(self) -> None:
         """Ends every deployment here and waits for it. Their folders stay: ``apply`` brings them back as they were."""
         found = await self.list()
         done = await asyncio.gather(*(self._stop(self._run(*one)) for one in found), return_exceptions=True)
+        await self._harvest()
         for outcome in done:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -124,6 +127,10 @@ class ProcessTarget(DeploymentTarget):
         keep = await in_thread(runs.roots_in_use, self._runs)
         with contextlib.suppress(OSError):
             await self._roots.collect({*keep, *self._pinned})
+
+    async def _harvest(self) -> None:
+        with contextlib.suppress(OSError):
+            await self._roots.harvest()
 
     async def _ask(self, run: Path, what: Mapping[str, Any], within_s: float = ANSWER_S) -> dict[str, Any] | None:
         """The supervisor's answer, None when there is none. Unavailable when it is there and does not answer."""

@@ -3,7 +3,8 @@
 ``<data>/layers/<hex>/`` is one layer, ``<data>/roots/<hex>/`` one image (``opt/…`` inside); both appear by a rename,
 so a crash leaves nothing that looks whole and is not, and two who unpack the same thing do not disturb each other.
 Files of a root are the layer's own; folders are the root's own, and what Python compiles goes into them. Compiled
-code is carried over from an older root when the source is the very same file, so that an upgrade starts fast.
+code is carried over from an older root when the source is the very same file, so that an upgrade starts fast; and by
+way of the user's cache, as environments' layers are, so that another data folder does.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from ..core.errors import Invalid, Unavailable
+from ..kernel.cache import Cache
 from ..ports.images import ImageStore
 from .folder import in_thread
+from .targets_process_trees import SharedLayers, link_all_compiled, link_files
 
 LARGEST = 64 << 30
 """Bytes that one layer may unpack to, and the most files below: an end to what a hostile archive can do."""
@@ -47,10 +50,11 @@ class Root:
 class Roots:
     """The layers and roots under one data folder."""
 
-    def __init__(self, data: Path, images: ImageStore) -> None:
+    def __init__(self, data: Path, images: ImageStore, shared: SharedLayers | None = None) -> None:
         self._layers = data / "layers"
         self._roots = data / "roots"
         self._images = images
+        self._shared = shared or SharedLayers(Cache())
         self._unpacking: dict[str, asyncio.Lock] = {}
 
     def path(self, digest: str) -> Path:
@@ -77,7 +81,12 @@ class Roots:
 
     async def collect(self, keep: Iterable[Path]) -> None:
         """Takes away roots that are not in ``keep``, and layers that no root is made of."""
+        await self.harvest()
         await in_thread(self._collect, {path.name for path in keep})
+
+    async def harvest(self) -> None:
+        """What Python compiled in the roots goes to the user's cache, as far as their layers are there."""
+        await in_thread(self._harvest)
 
     async def _json(self, repo: str, digest: str) -> dict[str, Any]:
         found = await self._images.get_manifest(repo, digest)
@@ -101,11 +110,13 @@ class Roots:
             beside = self._layers / f".{place.name[:16]}.{secrets.token_hex(4)}"
             try:
                 await in_thread(beside.mkdir, 0o700, True)
-                blob = await in_thread(open, beside / "blob", "wb+")
-                with contextlib.closing(blob):
-                    async for chunk in self._images.get_blob(repo, digest):
-                        await in_thread(blob.write, chunk)
-                    await in_thread(_unpack, blob, beside / "tree")
+                if not await in_thread(self._shared.fetch, place.name, beside / "tree"):
+                    blob = await in_thread(open, beside / "blob", "wb+")
+                    with contextlib.closing(blob):
+                        async for chunk in self._images.get_blob(repo, digest):
+                            await in_thread(blob.write, chunk)
+                        await in_thread(_unpack, blob, beside / "tree")
+                    await in_thread(self._shared.keep, place.name, beside / "tree")
                 await in_thread(_settle, beside / "tree", place)
             except OSError as exc:
                 raise Unavailable(f"the layers of {repo} cannot be unpacked under {self._layers}: {exc}") from exc
@@ -121,7 +132,10 @@ class Roots:
             with self._lock():
                 (beside / WITHIN).mkdir(parents=True, mode=0o700)
                 for layer in layers:
-                    _link(layer, beside, before.get(layer.name))
+                    link_files(layer, beside)
+                for layer in layers:  # only now is it certain which layer's file each of them is
+                    for old in filter(None, (before.get(layer.name), layer)):
+                        link_all_compiled(layer, old, beside)
                 (beside / "layers.json").write_text(json.dumps([layer.name for layer in layers]))
                 _settle(beside, root)
         finally:
@@ -139,6 +153,12 @@ class Roots:
                 if not layer.name.startswith(".") and layer.name not in used and layer.name not in self._unpacking:
                     shutil.rmtree(layer, ignore_errors=True)
         self._unpacking = {d: lock for d, lock in self._unpacking.items() if lock.locked()}
+
+    def _harvest(self) -> None:
+        for root in self._whole():
+            for name in _made_of(root):
+                self._shared.harvest(name, root)
+        self._shared.prune()
 
     def _whole(self) -> list[Path]:
         if not self._roots.is_dir():
@@ -214,31 +234,6 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> Non
         shutil.copyfileobj(source, out, CHUNK)
         os.fchmod(out.fileno(), 0o555 if member.mode & 0o100 else 0o444)
     os.utime(path, (member.mtime, member.mtime))
-
-
-def _link(layer: Path, root: Path, before: Path | None) -> None:
-    """The layer's files into the root; a later layer's file replaces an earlier one's."""
-    for folder, _, files in os.walk(layer):
-        inside = os.path.relpath(folder, layer)
-        target = root / inside
-        target.mkdir(parents=True, exist_ok=True)
-        for name in files:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(target / name)
-            os.link(os.path.join(folder, name), target / name)
-        if before is not None and files:
-            _link_compiled(before / inside, target)
-
-
-def _link_compiled(old: Path, new: Path) -> None:
-    """``__pycache__`` of a folder, where the source is the same file in both roots (one inode)."""
-    with contextlib.suppress(OSError):
-        for compiled in list(os.scandir(old / "__pycache__")):
-            source = compiled.name.partition(".")[0] + ".py"
-            with contextlib.suppress(OSError):
-                if compiled.name.endswith(".pyc") and os.path.samefile(old / source, new / source):
-                    (new / "__pycache__").mkdir(exist_ok=True)
-                    os.link(compiled.path, new / "__pycache__" / compiled.name)
 
 
 def _described(root: Path, repo: str, config: dict[str, Any]) -> Root:

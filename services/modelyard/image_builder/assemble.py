@@ -7,36 +7,32 @@ gives the same image. Raises BuildFailed for what the owner must fix, Unavailabl
 from __future__ import annotations
 
 import asyncio
-import csv
 import functools
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-from weakref import WeakValueDictionary
+from typing import TypeVar
 
 from ..core.errors import BuildFailed, Invalid, NotFound, Unavailable
 from ..core.layout import image_key
+from ..kernel.cache import Cache
 from ..kernel.service import Context
 from . import parts, sources, store, uv
 from .checks import requirement
 from .config import MANIFEST, about, digest_of, manifest, oci_config
+from .environment import Environments, told
 from .locks import EMPTY, Lock, read_lock
 from .log import BuildLog
 from .memo import Memo, key
 from .model import Image
 from .sbom import sbom
-from .tarring import GZIP_LEVEL, Entry, Layer, tar
-from .wheels import LARGE, distributions, grouped
+from .tarring import Layer
 
-ENV_FORMAT = 1
 RESOLVED_S = 24 * 3600
 SERVER = Path(__file__).parents[1] / "scoring" / "requirements.txt"
 T = TypeVar("T")
-_BUSY: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,8 @@ class Build:
 
     def __init__(self, ctx: Context, doc: Image, log: BuildLog, scratch: Scratch) -> None:
         self.ctx, self.doc, self.log, self.scratch = ctx, doc, log, scratch
-        self.memo = Memo(ctx.data / "image-builder" / "memo")
+        self.cache = Cache()
+        self.memo = Memo(ctx.data / "image-builder" / "memo", self.cache)
         self.places = [parts.Place.of(m, doc.score is not None) for m in doc.inputs]
         self.needs = self.flavours()
         self.server: Sequence[str] = ()
@@ -168,14 +165,14 @@ class Build:
     async def resolved(self) -> Lock:
         doc = self.doc
         wanted = sorted({*self.server, *self.needs, *(requirement(r)[0] for r in doc.requirements)})
-        name = key("resolved", wanted, doc.python, doc.platform)
-        found = await self.memo.get(name)
-        if found and 0 <= time.time() - found["at"] < RESOLVED_S:
-            await self.log.line("requirements: the same as of a build of the last 24 hours; its lock is used")
-            return read_lock(found["lock"])[0]
+        name = key("resolved", wanted, doc.python, doc.platform, uv.index())
+        for found in (await self.memo.get(name), await self.memo.shared(name)):
+            if found and 0 <= time.time() - found["at"] < RESOLVED_S:
+                await self.log.line("requirements: the same as of a build of the last 24 hours; its lock is used")
+                return read_lock(found["lock"])[0]
         await self.log.line(f"requirements: {', '.join(wanted)}")
         lock = await uv.resolve(wanted, doc.python, doc.platform, await self.scratch.folder(), self.log)
-        await self.memo.put(name, {"at": time.time(), "lock": lock.text})
+        await self.memo.put(name, {"at": time.time(), "lock": lock.text}, shared=True)
         return lock
 
     def flavours(self) -> set[str]:
@@ -191,40 +188,9 @@ class Build:
         """The layers of the locked packages, from an earlier build or made now."""
         if not lock.pins:
             return
-        name = key("env", ENV_FORMAT, lock.digest, self.doc.python, self.doc.platform, LARGE, GZIP_LEVEL,
-                   zlib.ZLIB_RUNTIME_VERSION)
-        async with _BUSY.setdefault(name, asyncio.Lock()):
-            found = await self.memo.get(name)
-            if found is None or not await store.there(self.ctx, self.doc, store.unpack(found["layers"])):
-                found = await self.install(lock)
-                await self.memo.put(name, found)
-            else:
-                await self.log.line(f"environment: {len(found['layers'])} layers of an earlier build")
-        self.packages = found["packages"]
-        self.layers += store.unpack(found["layers"])
-
-    async def install(self, lock: Lock) -> dict[str, Any]:
-        folder = await self.scratch.folder()
-        root = await uv.install(lock, self.doc.python, self.doc.platform, folder, self.log)
-        try:
-            found = await asyncio.to_thread(distributions, root, self.doc.python)
-        except (KeyError, ValueError, csv.Error, FileNotFoundError) as exc:
-            raise BuildFailed(f"a package is not installed as wheels are: {exc}") from exc
-        limit, groups = asyncio.Semaphore(2), grouped(found)
-
-        async def one(number: int, title: str, entries: list[Entry]) -> Layer:
-            async with limit:
-                out = folder / f"env-{number}.layer"
-                made = await asyncio.to_thread(_env_layer, title, entries, out)
-                await store.put(self.ctx, self.doc, made)
-                await self.log.line(_told(made.layer))
-                await asyncio.to_thread(out.unlink)
-                return made.layer
-
-        work = [one(n, title, entries) for n, (title, entries) in enumerate(groups)]
-        layers = await store.together(work)
-        packages = [{"name": d.name, "version": d.version, "license": d.license} for d in found]
-        return {"layers": store.pack(layers), "packages": packages}
+        known = Environments(self.ctx, self.doc, self.log, self.memo, self.cache)
+        layers, self.packages = await known.of(lock, self.scratch.folder)
+        self.layers += layers
 
     # -- the other layers -----------------------------------------------------------------------------------------
 
@@ -251,7 +217,7 @@ class Build:
 
     async def add(self, made: parts.Made) -> None:
         new = await store.put(self.ctx, self.doc, made)
-        self.log.note(_told(made.layer) + ("" if new else " (there already)"))
+        self.log.note(told(made.layer) + ("" if new else " (there already)"))
         self.layers.append(made.layer)
 
     async def work(self, fn: Callable[[], T]) -> T:
@@ -275,14 +241,6 @@ class Build:
         await self.ctx.blobs.put(image_key(doc.workspace, doc.id, "sbom"), store.chunks(bill))
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
         return Result(digest, size, digest_of(lock.text.encode()))
-
-
-def _env_layer(title: str, entries: list[Entry], out: Path) -> parts.Made:
-    return parts.made(title, tar(entries), gzip=True, into=out)
-
-
-def _told(layer: Layer) -> str:
-    return f"layer {layer.title}: {layer.size / 1e6:.2f} MB, {layer.digest[:19]}"
 
 
 @functools.cache

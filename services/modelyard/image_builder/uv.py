@@ -23,6 +23,8 @@ PASSED = re.compile(
     r"|NETRC|UV_(CACHE_DIR|DEFAULT_INDEX|INDEX|INDEX_URL|INDEX_STRATEGY|EXTRA_INDEX_URL|FIND_LINKS|NO_INDEX|OFFLINE"
     r"|SYSTEM_CERTS|NATIVE_TLS|INSECURE_HOST|KEYRING_PROVIDER|HTTP_TIMEOUT|HTTP_RETRIES|CONFIG_FILE|NO_CACHE"
     r"|EXCLUDE_NEWER|CONCURRENT_\w+)|UV_INDEX_\w+_(USERNAME|PASSWORD))$")
+DECIDES = re.compile(r"^(XDG_CONFIG_HOME|UV_(DEFAULT_INDEX|INDEX|INDEX_URL|INDEX_STRATEGY|EXTRA_INDEX_URL|FIND_LINKS"
+                     r"|NO_INDEX|CONFIG_FILE|EXCLUDE_NEWER))$")
 QUIET = ("--color", "never", "--no-progress")
 EXPLAINED = re.compile(r"[×╰─▶│|]+|\bcause:")
 OFFLINE = re.compile(r"error sending request|dns error|Failed to fetch|network (was|is) disabled", re.IGNORECASE)
@@ -32,6 +34,11 @@ def environment() -> dict[str, str]:
     """What uv may see: where its index, cache and certificates are; nothing of ours, no secret of somebody else's."""
     kept = {name: value for name, value in os.environ.items() if PASSED.match(name)}
     return {"PATH": "/usr/bin:/bin", **kept}
+
+
+def index() -> dict[str, str]:
+    """The settings that decide what uv finds, whatever it is asked for."""
+    return {name: value for name, value in environment().items() if DECIDES.match(name)}
 
 
 def target(python: str, platform: str) -> list[str]:

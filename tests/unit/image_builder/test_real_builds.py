@@ -64,12 +64,17 @@ async def unpack(yard: Yard, root: Path, repo: str, tag: str) -> None:
             await asyncio.to_thread(archive.extractall, root, filter="data")
 
 
-async def test_a_flavour_image_is_whole_and_the_same_in_two_places(tmp_path: Path, iris: tuple[bytes, str]) -> None:
+async def test_a_flavour_image_is_whole_and_the_same_in_every_place(
+        tmp_path: Path, iris: tuple[bytes, str], monkeypatch: pytest.MonkeyPatch) -> None:
     digests = []
-    for place in ("here", "there"):
+    for place, cache in (("here", "one"), ("there", "two"), ("with what was made here", "one")):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
         async with running(tmp_path / place) as yard:
-            digests.append((await build(yard, iris))["digest"])
-            if place == "there":
+            doc = await build(yard, iris)
+            digests.append(doc["digest"])
+            first = (await yard.call("GET", f"/v1/images/{doc['id']}/log")).raw.decode()
+            assert ("from the user's cache" in first and "uv:" not in first) == place.startswith("with")
+            if place != "here":
                 continue
             again = await build(yard, iris, name="again", models=["iris:1"])
             assert again["digest"] == digests[0]

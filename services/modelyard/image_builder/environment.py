@@ -1,0 +1,135 @@
+"""The layers of an image's locked packages: of an earlier build here, of one in another data folder, or made now.
+
+Which of the three it was never shows in the image: the layers are named by what they are made from, and the image
+store checks each digest as it takes them in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import os
+import shutil
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from ..core.errors import BuildFailed, Invalid
+from ..kernel.cache import Cache
+from ..kernel.service import Context
+from . import parts, store, uv
+from .locks import Lock
+from .log import BuildLog
+from .memo import Memo, key
+from .model import Image
+from .tarring import GZIP_LEVEL, Entry, Layer, tar
+from .wheels import LARGE, distributions, grouped
+
+FORMAT = 1
+BLOBS = "blobs-v1"
+_BUSY: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+
+def told(layer: Layer) -> str:
+    """For the log."""
+    return f"layer {layer.title}: {layer.size / 1e6:.2f} MB, {layer.digest[:19]}"
+
+
+@dataclass(frozen=True)
+class Environments:
+    """The environments of one build. ``cache`` is the user's; the memo is the data folder's, with the cache behind."""
+
+    ctx: Context
+    doc: Image
+    log: BuildLog
+    memo: Memo
+    cache: Cache
+
+    async def of(self, lock: Lock, folder: Callable[[], Awaitable[Path]]) -> tuple[list[Layer], list[dict[str, str]]]:
+        """Layers in the store, and the packages in them. ``folder`` makes one for temporary files."""
+        name = key("env", FORMAT, lock.digest, self.doc.python, self.doc.platform, LARGE, GZIP_LEVEL,
+                   zlib.ZLIB_RUNTIME_VERSION)
+        async with _BUSY.setdefault(name, asyncio.Lock()):
+            found = await self.memo.get(name)
+            if found is not None and await store.there(self.ctx, self.doc, store.unpack(found["layers"])):
+                await self.log.line(f"environment: {len(found['layers'])} layers of an earlier build")
+            else:
+                found = await self.cached(name) or await self.install(lock, await folder())
+                await self.memo.put(name, found, shared=True)
+        return store.unpack(found["layers"]), found["packages"]
+
+    async def cached(self, name: str) -> dict[str, Any] | None:
+        """What another data folder's build made, now in this one's store. None when it is not whole."""
+        found: dict[str, Any] | None = await self.memo.shared(name)
+        if found is None:
+            return None
+        limit = asyncio.Semaphore(2)
+
+        async def one(layer: Layer) -> bool:
+            async with limit:
+                return await self.take(layer)
+
+        if not all(await store.together([one(layer) for layer in store.unpack(found["layers"])])):
+            return None
+        await self.log.line(f"environment: {len(found['layers'])} layers of an earlier build, from the user's cache")
+        return found
+
+    async def take(self, layer: Layer) -> bool:
+        """One layer from the cache into the store; False when it is not there, or not what it was."""
+        path = await asyncio.to_thread(self.cache.find, BLOBS, _hex(layer))
+        if path is None:
+            return await store.there(self.ctx, self.doc, [layer])
+        try:
+            await self.ctx.images.put_blob(self.doc.repo, layer.digest, store.chunks(path))
+        except (Invalid, OSError):
+            await asyncio.to_thread(self.cache.drop, BLOBS, _hex(layer))
+            return False
+        return True
+
+    async def install(self, lock: Lock, folder: Path) -> dict[str, Any]:
+        """uv unpacks the wheels, and they become layers."""
+        root = await uv.install(lock, self.doc.python, self.doc.platform, folder, self.log)
+        try:
+            found = await asyncio.to_thread(distributions, root, self.doc.python)
+        except (KeyError, ValueError, csv.Error, FileNotFoundError) as exc:
+            raise BuildFailed(f"a package is not installed as wheels are: {exc}") from exc
+        limit, groups = asyncio.Semaphore(2), grouped(found)
+
+        async def one(number: int, title: str, entries: list[Entry]) -> Layer:
+            async with limit:
+                out = folder / f"env-{number}.layer"
+                made = await asyncio.to_thread(_layer, title, entries, out)
+                await store.put(self.ctx, self.doc, made)
+                await self.log.line(told(made.layer))
+                await asyncio.to_thread(self.keep, made.layer, out)
+                return made.layer
+
+        layers = await store.together([one(n, title, entries) for n, (title, entries) in enumerate(groups)])
+        await asyncio.to_thread(self.cache.prune)
+        packages = [{"name": d.name, "version": d.version, "license": d.license} for d in found]
+        return {"layers": store.pack(layers), "packages": packages}
+
+    def keep(self, layer: Layer, out: Path) -> None:
+        """A layer's file goes to the cache. Blocking."""
+        self.cache.keep(BLOBS, _hex(layer), lambda beside: move(out, beside))
+        out.unlink(missing_ok=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """By name, or by copy to another file system. Raises OSError."""
+    try:
+        os.rename(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    target.chmod(0o400)
+
+
+def _layer(title: str, entries: Sequence[Entry], out: Path) -> parts.Made:
+    return parts.made(title, tar(entries), gzip=True, into=out)
+
+
+def _hex(layer: Layer) -> str:
+    return layer.digest.removeprefix("sha256:")
