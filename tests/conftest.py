@@ -3,6 +3,7 @@ and a user's cache that is not the user's."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -47,6 +48,17 @@ def not_the_users_cache(request: pytest.FixtureRequest, session_cache: Path, mon
     if not request.path.is_relative_to(HERE / "e2e"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(session_cache))
         monkeypatch.setenv("UV_CACHE_DIR", UV_CACHE)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Servers set up the logging of their whole process: a test that runs one in here leaves nothing of it behind."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in [h for h in root.handlers if h not in handlers]:
+        root.removeHandler(handler)
 
 
 @dataclass(frozen=True)

@@ -77,12 +77,6 @@ class Node:
                 wakes = self.parts.wakes[h.service.name]
                 group.create_task(run_service(h.context, service, self.parts.bus, wakes))
 
-    async def stop_replicas(self) -> None:
-        """Ends what the targets of this machine run."""
-        for target in self.parts.targets.values():
-            if (stop_all := getattr(target, "stop_all", None)) is not None:
-                await stop_all()
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -129,9 +123,10 @@ async def _open(stack: AsyncExitStack, settings: Settings, wanted: Sequence[Serv
     grants = keep(await urls.open_grants(settings.blobs))
     images = keep(await urls.open_images(settings.images))
     targets: dict[str, DeploymentTarget] = {}
+    ends = {s.name for s in wanted} == ROOMS.keys()  # all-in-one: what runs on this machine ends with it
     if any(s.name == TARGETS_OF for s in wanted):
         for name, url in settings.targets.items():
-            targets[name] = keep(await urls.open_target(name, url, images=images, data=settings.data))
+            targets[name] = keep(await urls.open_target(name, url, images=images, data=settings.data, ends=ends))
     hosted, wakes = [], {}
     for service in wanted:
         store = keep(await urls.open_store(settings.store, service.name))
@@ -189,8 +184,6 @@ async def run(settings: Settings, names: Sequence[str] = (), *,
             for task in (work, told):
                 task.cancel()
             await asyncio.gather(work, told, return_exceptions=True)
-            if set(node.names) == ROOMS.keys():
-                await node.stop_replicas()
         if broken:
             work.result()
     log.info("stopped")

@@ -34,10 +34,12 @@ LINE = 1 << 22
 
 
 class ProcessTarget(DeploymentTarget):
-    """One data folder's deployments on this machine. ``stop_all`` ends them; ``close`` leaves them running."""
+    """One data folder's deployments on this machine. ``ends``: closing ends them; else they go on, to be adopted."""
 
-    def __init__(self, name: str, images: ImageStore, data: Path, shared: SharedLayers | None = None) -> None:
+    def __init__(self, name: str, images: ImageStore, data: Path, ends: bool = False,
+                 shared: SharedLayers | None = None) -> None:
         self.name = name
+        self._ends = ends
         self._data = data.absolute()
         self._runs = self._data / "run"
         self._images = images
@@ -54,12 +56,9 @@ class ProcessTarget(DeploymentTarget):
             raise Unavailable(f"{self._runs} cannot be used: {exc}; give another folder with --data") from exc
 
     async def close(self) -> None:
-        """Supervisors go on: another ProcessTarget on this folder adopts them."""
-        await self._harvest()
-
-    async def stop_all(self) -> None:
-        """Ends every deployment here and waits for it. Their folders stay: ``apply`` brings them back as they were."""
-        found = await self.list()
+        """Supervisors go on, and another ProcessTarget on this folder adopts them; or they end (``ends``). Their
+        folders stay: ``apply`` brings them back as they were."""
+        found = await self.list() if self._ends else []
         done = await asyncio.gather(*(self._stop(self._run(*one)) for one in found), return_exceptions=True)
         await self._harvest()
         for outcome in done:

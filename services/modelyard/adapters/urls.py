@@ -74,10 +74,10 @@ async def open_images(url: str) -> ImageStore:
     return await _folder("images", url, IMAGES)  # type: ignore[no-any-return]
 
 
-async def open_target(name: str, url: str, *, images: ImageStore, data: Path) -> DeploymentTarget:
-    """The deployment target ``name``: ``process://``."""
+async def open_target(name: str, url: str, *, images: ImageStore, data: Path, ends: bool = False) -> DeploymentTarget:
+    """The deployment target ``name``: ``process://``. ``ends``: closing it ends what it runs on this machine."""
     class_, _ = _adapter(f"targets.{name}", url, TARGETS)
-    target: DeploymentTarget = await asyncio.to_thread(class_, name, images, data)
+    target: DeploymentTarget = await asyncio.to_thread(class_, name, images, data, ends)
     return target
 
 

@@ -94,7 +94,7 @@ async def test_a_port_that_another_program_holds_is_named(bench: Bench) -> None:
 
 async def test_the_ports_are_kept_when_everything_was_stopped(bench: Bench) -> None:
     before = await bench.serve()
-    await bench.target.stop_all()
+    await ProcessTarget("local", bench.images, bench.data, ends=True).close()
     assert (await bench.target.observe("default", "iris")).state == "absent"
     assert await bench.target.list() == [("default", "iris")]
     assert (await bench.serve()).ports == before.ports
