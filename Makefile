@@ -30,11 +30,11 @@ demo: $(VENV)/.demo          ## the whole path on this machine: register, build,
 	@$(PY) demo/run.py
 
 test: $(VENV)/.test          ## every test
-	@$(PY) -m pytest -m "not slow" -n 4 --dist loadfile
+	@$(PY) -m pytest -m "not slow" -n 3 --dist loadfile
 	@$(PY) -m pytest -m slow
 
 test-fast: $(VENV)/.test     ## the tests that take less than a minute together
-	@$(PY) -m pytest -m "not slow" -n 4 --dist loadfile
+	@$(PY) -m pytest -m "not slow" -n 3 --dist loadfile
 
 bench: $(VENV)/.test         ## the benchmarks; prints figures, judges nothing
 	@for b in tests/benchmarks/*.py; do echo "== $$b"; $(PY) $$b || exit 1; done

@@ -23,6 +23,8 @@ from modelyard.core.errors import Invalid, ModelyardError, Unavailable
 from modelyard.ports.targets import Observed, Workload
 from tests import handmade
 
+pytestmark = pytest.mark.slow  # real programs are started and stopped
+
 ENV = "import os\n\ndef run(data):\n    return {k: os.environ.get(k) for k in data['data']}\n"
 
 

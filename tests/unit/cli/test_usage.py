@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from modelyard.cli.main import app
 
+pytestmark = pytest.mark.slow  # real programs are started and stopped
+
 
 @pytest.mark.parametrize("args", [
     ["frob"], ["models", "frob"], ["models", "register"], ["models", "register", "x", "/nowhere"],

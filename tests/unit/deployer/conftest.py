@@ -18,8 +18,6 @@ from modelyard.node import Node, opened
 from modelyard.settings import load
 from tests import handmade
 
-ROOMS = ("registry", "image-builder", "deployer")
-
 
 @dataclass
 class Answer:
@@ -81,12 +79,11 @@ class Desk:
 @asynccontextmanager
 async def desk_on(data: Path) -> AsyncIterator[Desk]:
     settings = await asyncio.to_thread(load, data=data, port=0)
-    async with opened(settings, ROOMS) as node, aiohttp.ClientSession() as session:
+    async with opened(settings) as node, aiohttp.ClientSession() as session:
         work = asyncio.create_task(node.work())
         try:
             yield Desk(node, session)
         finally:
-            await node.stop_replicas()
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
 

@@ -18,6 +18,8 @@ from modelyard.image_builder.model import Image
 from tests import handmade
 from tests.unit.deployer.conftest import Desk, desk_on
 
+pytestmark = pytest.mark.slow  # real programs are started and stopped
+
 TOPICS = [f"deployment.{what}" for what in ("requested", "ready", "failed", "updated", "deleted")]
 IRIS = {"name": "iris", "image": "scorer:1"}
 VERSION = "def run(data):\n    return {'version': %d}\n"
@@ -34,7 +36,6 @@ async def topics(desk: Desk, subject: str = "iris") -> list[str]:
     return [e.topic for e in mine]
 
 
-@pytest.mark.slow
 async def test_the_whole_life_of_a_deployment(desk: Desk) -> None:
     await desk.image(1, VERSION % 1)
     await desk.image(2, VERSION % 2)
@@ -253,7 +254,6 @@ def pids(data: Path, what: str) -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.slow
 async def test_whatever_is_killed_by_hand_comes_back(desk: Desk, tmp_path: Path) -> None:
     await desk.image(1)
     await desk.call("POST", "/v1/deployments", IRIS)
@@ -271,7 +271,6 @@ async def test_whatever_is_killed_by_hand_comes_back(desk: Desk, tmp_path: Path)
     assert (await topics(desk)).count("deployment.ready") == 1
 
 
-@pytest.mark.slow
 async def test_started_again_everything_serves_on_the_same_ports(tmp_path: Path) -> None:
     async with desk_on(tmp_path) as desk:
         await desk.image(1)

@@ -16,6 +16,8 @@ from modelyard.adapters import store_sqlite_find
 from modelyard.registry.model import Model, latest_marks, place
 from tests.unit.registry.conftest import Registry, digest, open_registry
 
+pytestmark = pytest.mark.slow  # 100,000 versions
+
 
 async def ids(registry: Registry, query: str) -> list[str]:
     answer = await registry.ask("GET", f"/v1/models?{query}", status=200)
