@@ -20,7 +20,7 @@ from typing import Any
 from ..core.documents import INDEXED_ALWAYS, Document, Range, Where, rfc3339
 from ..core.errors import Invalid
 
-CAP = 2000
+CAP = 10_000
 """A term that matches fewer documents than this leads the search; otherwise the walk in the wanted order does."""
 Scalar = str | int | float
 
