@@ -49,12 +49,21 @@ class Portal:
         """The items of an async iterator, one at a time; leaving early closes it."""
         end = object()
 
+        over = asyncio.Event()
+
         async def step() -> Any:
-            return await anext(source, end)
+            over.clear()
+            try:
+                return await anext(source, end)
+            finally:
+                over.set()
 
         async def close() -> None:
+            await over.wait()  # an interrupted step is being cancelled over there: it ends first
             if (aclose := getattr(source, "aclose", None)) is not None:
                 await aclose()
+
+        over.set()
 
         try:
             while (item := self.run(step())) is not end:
