@@ -205,6 +205,7 @@ async def members(url: str, count: int) -> AsyncIterator[list[tuple[EventBus, As
         yield joined
 
 
+@pytest.mark.slow
 async def test_two_members_share_the_work(url: str) -> None:
     async with members(url, 2) as ((first_bus, first), (_, second)):
         got: dict[int, list[Delivery]] = {0: [], 1: []}
@@ -244,6 +245,7 @@ async def bus_publish(bus: EventBus, number: int) -> None:
     await asyncio.sleep(0.01)
 
 
+@pytest.mark.slow
 async def test_who_leaves_hands_over_what_is_open(url: str) -> None:
     async with members(url, 2) as ((first_bus, first), (_, second)):
         bus = await open_bus(url)

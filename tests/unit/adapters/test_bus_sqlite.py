@@ -70,6 +70,7 @@ async def test_a_record_that_is_no_event_is_delivered_and_not_read(bus: SqliteBu
     assert [e.data["n"] for _, e in records] == [1]
 
 
+@pytest.mark.slow
 async def test_a_frozen_member_is_succeeded_when_its_lease_ends(tmp_path: Path) -> None:
     """SIGSTOP: the process lives and holds everything; thawed, it finds that others have taken over."""
     bus = await SqliteBus.open(tmp_path / "yard.db", lease_s=1.0)
@@ -110,6 +111,7 @@ def test_a_lane_is_done_up_to_its_lowest_unfinished_record() -> None:
     assert not lane.open and not lane.finished and not lane.handed
 
 
+@pytest.mark.slow
 async def test_who_does_not_acknowledge_gives_up_its_lanes_in_the_end(tmp_path: Path,
                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "LET_GO_S", 0.3)

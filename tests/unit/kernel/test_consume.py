@@ -314,6 +314,7 @@ async def _seen(h: House, number: int) -> bool:
     return seen is not None and seen.newest >= number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["get", "commit"])
 @pytest.mark.parametrize("after", [False, True])
 async def test_an_outage_of_the_store_loses_nothing(house: OpenHouse, plan: Plan, method: str, after: bool) -> None:

@@ -130,6 +130,7 @@ async def test_a_hostile_archive_is_refused_in_one_answer(registry: Registry) ->
     assert problem["code"] == "bad-archive" and "leads out" in problem["detail"]
 
 
+@pytest.mark.slow
 async def test_looking_into_files_leaves_the_service_responsive(registry: Registry) -> None:
     """A file made to be slow to scan is looked at in a thread of its own, and not for ever."""
     await registry.upload(slow := b"\x10\x01" * 6_000_000)
