@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -115,8 +116,9 @@ def make_folder(folder: Path) -> None:
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
         sync_folder(folder.parent)
-    if folder.exists() and not folder.is_dir():
-        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    with suppress(FileNotFoundError):  # pruned meanwhile: whoever needs it finds that out and makes it again
+        if not stat.S_ISDIR(folder.stat().st_mode):  # one look: between two of them it may come and go
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
 
 @contextmanager
