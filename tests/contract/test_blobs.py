@@ -125,6 +125,7 @@ async def test_lists_are_sorted_as_text_and_resumable(blobs: BlobStore) -> None:
             assert await keys(blobs, prefix, after) == [n for n in expected if n > after], (prefix, after)
 
 
+@pytest.mark.slow
 async def test_a_list_of_many_can_be_left(blobs: BlobStore) -> None:
     for n in range(1200):
         await blobs.put(f"many/{n:05}", parts(b""))

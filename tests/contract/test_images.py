@@ -219,6 +219,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_a_writer_killed_at_any_moment_leaves_whole_images(
         images: ImageStore, backend: Backend, tmp_path: Path) -> None:
     await image(images, "kept", "1", b"kept")

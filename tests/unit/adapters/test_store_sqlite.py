@@ -171,6 +171,7 @@ async def test_sync_is_what_was_asked_for(tmp_path: Path, sync: str, level: int)
     await store.close()
 
 
+@pytest.mark.slow
 async def test_many_open_a_new_file_at_once(tmp_path: Path) -> None:
     code = ("import asyncio, sys; from modelyard.adapters.store_sqlite import SqliteStore; "
             "asyncio.run(SqliteStore.open(sys.argv[1], 'registry'))")

@@ -163,6 +163,7 @@ async def test_a_failure_that_passes_is_not_seen(house: OpenHouse, plan: Plan, e
         assert await dead_letters(h.store) == [] == await h.store.find(ParkedKey)
 
 
+@pytest.mark.slow
 async def test_a_lasting_outage_parks_the_key_and_only_it(house: OpenHouse, plan: Plan) -> None:
     plan.fail[1] = [Unavailable("the peer is away")] * 6
     async with house() as h, serving(h, plan):

@@ -153,6 +153,7 @@ async def test_no_more_than_parallel_at_once_and_all_in_the_end(house: OpenHouse
     assert most == 3
 
 
+@pytest.mark.slow
 async def test_a_lease_keeps_others_away_and_is_renewed(house: OpenHouse) -> None:
     runs = 0
 

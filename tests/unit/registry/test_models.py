@@ -72,6 +72,7 @@ async def test_all_problems_are_said_at_once(registry: Registry) -> None:
     await registry.ask("POST", "/v1/models", data=b"{", headers={"Content-Type": "application/json"}, status=400)
 
 
+@pytest.mark.slow
 async def test_two_hundred_at_once_get_versions_one_to_two_hundred(registry: Registry) -> None:
     artifact = await registry.upload(b"shared")
     answers = await asyncio.gather(*(
