@@ -6,12 +6,15 @@ in ``MODELYARD_REQUIRE`` (comma-separated), for then its absence is a failure.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from infra.stack import server_class
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,36 @@ class Backend:
     url: Callable[[Path], str | None]
 
 
+def server(name: str) -> str | None:
+    """The URL of a real server: given in ``MODELYARD_TEST_<NAME>``, else of ``make stack``, else None."""
+    if given := os.environ.get(f"MODELYARD_TEST_{name.upper()}"):
+        return given
+    status = server_class(name)().status()
+    return status.url if status.state == "running" else None
+
+
+def _own(name: str, make: Callable[[str, str], str]) -> Callable[[Path], str | None]:
+    """A test's own corner of a server: ``make(url, word)``, the word another for every test's folder."""
+
+    def url(folder: Path) -> str | None:
+        base = server(name)
+        return base and make(base, hashlib.sha256(str(folder).encode()).hexdigest()[:12])
+
+    return url
+
+
 MATRIX: dict[str, tuple[Backend, ...]] = {
-    "store": (Backend("sqlite", lambda folder: f"sqlite://{folder}/yard.db"),),
-    "bus": (Backend("sqlite", lambda folder: f"sqlite://{folder}/yard.db"),),
-    "blobs": (Backend("file", lambda folder: f"file://{folder}/blobs"),),
-    "grants": (Backend("file", lambda folder: f"file://{folder}/blobs"),),
-    "images": (Backend("oci-layout", lambda folder: f"oci-layout://{folder}/images"),),
-    "targets": (Backend("process", lambda folder: "process://"),),
+    "store": (Backend("sqlite", lambda folder: f"sqlite://{folder}/yard.db"),
+              Backend("mongo", _own("mongo", lambda url, word: url.replace("?", f"test-{word}?", 1)))),
+    "bus": (Backend("sqlite", lambda folder: f"sqlite://{folder}/yard.db"),
+            Backend("kafka", _own("kafka", lambda url, word: f"{url}/t{word}?session_s=6&partitions=4"))),
+    "blobs": (Backend("file", lambda folder: f"file://{folder}/blobs"),
+              Backend("azure", _own("azure", lambda url, word: f"{url}/blobs-{word}"))),
+    "grants": (Backend("file", lambda folder: f"file://{folder}/blobs"),
+               Backend("azure", _own("azure", lambda url, word: f"{url}/grants-{word}"))),
+    "images": (Backend("oci-layout", lambda folder: f"oci-layout://{folder}/images"),
+               Backend("registry", _own("registry", lambda url, word: f"{url}/t{word}"))),
+    "targets": (Backend("process", lambda folder: "process://"), Backend("docker", _own("docker", lambda url, _: url))),
 }
 
 
@@ -53,3 +79,9 @@ def url_of(backend: Backend, folder: Path) -> str:
 def unknown() -> frozenset[str]:
     """What MODELYARD_REQUIRE names and nothing in the matrix is: it could never run, so it must not pass."""
     return required() - {backend.name for port in MATRIX.values() for backend in port}
+
+
+def need(name: str) -> None:
+    """For a test that starts its own server: skips when this machine cannot run one, or fails when it is required."""
+    if reason := server_class(name).missing():
+        (pytest.fail if name in required() else pytest.skip)(f"{name} is not available here: {reason}")

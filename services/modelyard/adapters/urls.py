@@ -1,7 +1,8 @@
 """From a URL to an opened adapter: the whole plugin system.
 
-``sqlite:///var/yard.db?sync=full`` → scheme → module, imported only when asked for → adapter. The path of a URL is
-absolute; tuning lies in the query, and a word there that the adapter does not know is refused.
+``sqlite:///var/yard.db?sync=full`` → scheme → module, imported only when asked for → adapter. The path of a file's URL
+is absolute, a server's URL names its host; tuning lies in the query, and a word there that the adapter does not know is
+refused.
 """
 
 from __future__ import annotations
@@ -34,63 +35,84 @@ class Adapter:
     name: str
     extra: str | None = None
     options: Mapping[str, type] | None = None
+    network: bool = False
+    """Its URL names hosts: it is opened with the URL, less the query. Else with the path."""
 
 
 SQLITE = {"sync": str, "busy_s": float}
-STORES = {"sqlite": Adapter("store_sqlite", "SqliteStore", options=SQLITE)}
-BUSES = {"sqlite": Adapter("bus_sqlite", "SqliteBus", options={**SQLITE, "retention_days": float})}
-BLOBS = {"file": Adapter("blobs_dir", "DirBlobs")}
-GRANTS = {"file": Adapter("blobs_dir", "DirGrants")}
-IMAGES = {"oci-layout": Adapter("images_layout", "LayoutImages")}
-TARGETS = {"process": Adapter("targets_process", "ProcessTarget")}
+MONGO = {"replicaSet": str, "authSource": str, "authMechanism": str, "tls": str, "tlsCAFile": str, "timeout_s": float,
+         "pool": int}
+KAFKA = {"partitions": int, "replication": int, "retention_days": float, "session_s": float, "instance": str,
+         "security_protocol": str, "sasl_mechanism": str, "cafile": str}
+STORES = {"sqlite": Adapter("store_sqlite", "SqliteStore", options=SQLITE),
+          "mongodb": Adapter("store_mongo", "MongoStore", "mongo", MONGO, network=True)}
+BUSES = {"sqlite": Adapter("bus_sqlite", "SqliteBus", options={**SQLITE, "retention_days": float}),
+         "kafka": Adapter("bus_kafka", "KafkaBus", "kafka", KAFKA, network=True)}
+AZURE = {"timeout_s": float}
+BLOBS = {"file": Adapter("blobs_dir", "DirBlobs"),
+         "azure": Adapter("blobs_azure", "AzureBlobs", "azure", AZURE, network=True)}
+GRANTS = {"file": Adapter("blobs_dir", "DirGrants"),
+          "azure": Adapter("blobs_azure_grants", "AzureGrants", "azure", AZURE, network=True)}
+IMAGES = {"oci-layout": Adapter("images_layout", "LayoutImages"),
+          "oci": Adapter("images_registry", "RegistryImages", options={"tls": str, "timeout_s": float}, network=True)}
+TARGETS = {"process": Adapter("targets_process", "ProcessTarget"),
+           "docker": Adapter("targets_docker", "DockerTarget", "docker", {"network": str}, network=True)}
 
 
 async def open_store(url: str, service: str) -> DocumentStore:
-    """The documents of ``service``: ``sqlite:///PATH[?sync=full&busy_s=10]``."""
+    """The documents of ``service``: ``sqlite:///PATH[?sync=full&busy_s=10]``,
+    ``mongodb://[USER:PASSWORD@]HOST:PORT[,…]/DATABASE[?replicaSet=rs0]``."""
     class_, where = _adapter("store", url, STORES)
-    store: DocumentStore = await class_.open(where.path, service, **where.options)
+    store: DocumentStore = await class_.open(where.place, service, **where.options)
     return store
 
 
 async def open_bus(url: str) -> EventBus:
-    """``sqlite:///PATH[?sync=full&retention_days=14]``; the file may be the store's."""
+    """``sqlite:///PATH[?sync=full&retention_days=14]``; the file may be the store's.
+    ``kafka://[USER:PASSWORD@]HOST:PORT[,…][/PREFIX][?partitions=6]``."""
     class_, where = _adapter("bus", url, BUSES)
-    bus: EventBus = await class_.open(where.path, **where.options)
+    bus: EventBus = await class_.open(where.place, **where.options)
     return bus
 
 
 async def open_blobs(url: str) -> BlobStore:
-    """``file:///FOLDER``."""
-    return await _folder("blobs", url, BLOBS)  # type: ignore[no-any-return]
+    """``file:///FOLDER``, ``azure://[ACCOUNT:KEY@]HOST[:PORT][/ACCOUNT]/CONTAINER``."""
+    return await _plain("blobs", url, BLOBS)  # type: ignore[no-any-return]
 
 
 async def open_grants(blobs_url: str) -> CaptureGrants:
     """What lends capture destinations inside the blob store at ``blobs_url``."""
-    return await _folder("blobs", blobs_url, GRANTS)  # type: ignore[no-any-return]
+    return await _plain("blobs", blobs_url, GRANTS)  # type: ignore[no-any-return]
 
 
 async def open_images(url: str) -> ImageStore:
-    """``oci-layout:///FOLDER``."""
-    return await _folder("images", url, IMAGES)  # type: ignore[no-any-return]
+    """``oci-layout:///FOLDER``, ``oci://HOST:PORT[/PREFIX]``."""
+    return await _plain("images", url, IMAGES)  # type: ignore[no-any-return]
 
 
 async def open_target(name: str, url: str, *, images: ImageStore, data: Path, ends: bool = False) -> DeploymentTarget:
-    """The deployment target ``name``: ``process://``. ``ends``: closing it ends what it runs on this machine."""
-    class_, _ = _adapter(f"targets.{name}", url, TARGETS)
+    """The deployment target ``name``: ``process://``, ``docker://[HOST:PORT]`` (none: the engine of this machine).
+    ``ends``: closing it ends what it runs on this machine."""
+    class_, where = _adapter(f"targets.{name}", url, TARGETS)
+    if isinstance(where.place, str):
+        opened: DeploymentTarget = await class_.open(where.place, name, images, data, ends, **where.options)
+        return opened
     target: DeploymentTarget = await asyncio.to_thread(class_, name, images, data, ends)
     return target
 
 
-async def _folder(setting: str, url: str, table: Mapping[str, Adapter]) -> Any:
+async def _plain(setting: str, url: str, table: Mapping[str, Adapter]) -> Any:
     class_, where = _adapter(setting, url, table)
-    return await asyncio.to_thread(class_, where.path)
+    if isinstance(where.place, str):
+        return await class_.open(where.place, **where.options)
+    return await asyncio.to_thread(class_, where.place)
 
 
 @dataclass(frozen=True)
 class Where:
-    """What a URL says, checked."""
+    """What a URL says, checked: a path on this machine, or the URL of a server without its query."""
 
-    path: Path
+    place: Path | str
     options: dict[str, Any]
 
 
@@ -108,12 +130,16 @@ def _adapter(setting: str, url: str, table: Mapping[str, Adapter]) -> tuple[Any,
     if adapter is None:
         known = ", ".join(f"{scheme}://" for scheme in sorted(table))
         raise Invalid(f"{setting}={shown}: unknown scheme '{parts.scheme}'; known here: {known}", field=setting)
+    options = _options(f"{setting}={shown}", pairs, adapter.options or {})
+    if adapter.network:
+        if not parts.netloc and table is not TARGETS:
+            raise Invalid(f"{setting}={shown} names no host; write {parts.scheme}://HOST:PORT/…", field=setting)
+        return _load(setting, adapter), Where(urlunsplit(parts._replace(query="", fragment="")), options)
     if parts.netloc not in ("", "localhost"):
         raise Invalid(f"{setting}={shown}: a path on this machine is needed, with three slashes: "
                       f"{parts.scheme}:///absolute/path", field=setting)
     if table is not TARGETS and parts.path in ("", "/"):
         raise Invalid(f"{setting}={shown} names no path; write {parts.scheme}:///absolute/path", field=setting)
-    options = _options(f"{setting}={shown}", pairs, adapter.options or {})
     return _load(setting, adapter), Where(Path("/" + unquote(parts.path).lstrip("/")), options)
 
 
@@ -128,7 +154,7 @@ def _options(about: str, pairs: list[tuple[str, str]], known: Mapping[str, type]
             options[name] = known[name](text)
         except ValueError as exc:
             raise Invalid(f"{about}: option '{name}' must be a number") from exc
-        if isinstance(options[name], float) and not 0 < options[name] < 1e6:
+        if isinstance(options[name], int | float) and not 0 < options[name] < 1e6:
             raise Invalid(f"{about}: option '{name}' must be above 0 and below 1,000,000")
     return options
 

@@ -1,0 +1,59 @@
+"""The verbs of the stack: install, start, stop, status; for all servers or those named."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from . import SERVERS, StackError, server_class
+
+VERBS = {
+    "install": "download what is not cached yet",
+    "start": "install, start and wait until they answer",
+    "stop": "stop exactly what was started",
+    "status": "say what runs, where, and where its log is",
+    "missing": "say what this machine cannot run, and why",
+}
+
+
+def one(verb: str, name: str) -> str:
+    """Does it and tells what came of it."""
+    class_ = server_class(name)
+    if verb == "missing":
+        return class_.missing() or "can run here"
+    if verb == "install":
+        class_.install()
+        return f"installed in {class_.home()}"
+    server = class_()
+    if verb == "start":
+        began = time.monotonic()
+        server.start()
+        return f"{server.url} ({time.monotonic() - began:.1f} s)"
+    if verb == "stop":
+        server.stop()
+        return "stopped"
+    status = server.status()
+    return f"{status.state} {status.url} pid {status.pid}, log {status.log}" if status.pid else status.state
+
+
+def main() -> int:
+    """0; 1 when a named server could not be had (``--available``: only told)."""
+    parser = argparse.ArgumentParser(prog="python -m infra.stack", description=__doc__)
+    parser.add_argument("verb", choices=VERBS, help="; ".join(f"{verb}: {what}" for verb, what in VERBS.items()))
+    parser.add_argument("servers", nargs="*", metavar="SERVER", help=f"{', '.join(SERVERS)}; none named: all")
+    parser.add_argument("--available", action="store_true", help="a server that cannot run here is no failure")
+    args = parser.parse_args()
+    failed = False
+    names = args.servers or list(SERVERS)
+    for name in reversed(names) if args.verb == "stop" else names:
+        try:
+            print(f"{name:9} {one(args.verb, name)}", flush=True)
+        except StackError as exc:
+            failed = True
+            print(f"{name:9} not here: {exc}", file=sys.stderr, flush=True)
+    return 1 if failed and not args.available else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
