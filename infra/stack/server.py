@@ -162,10 +162,10 @@ class Server(ABC):
     def _environ(self) -> Mapping[str, str]:
         return {}
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> None:  # noqa: B027
         """Writes configuration, formats storage: before every start, so it must not harm what is there."""
 
-    def _first(self) -> None:
+    def _first(self) -> None:  # noqa: B027
         """What is done once it answers, before ``start`` returns (a replica set is initiated); may be repeated."""
 
     @classmethod

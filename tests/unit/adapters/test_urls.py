@@ -33,7 +33,7 @@ async def test_a_path_may_be_quoted_and_have_four_slashes(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("url", "words"), [
-    ("mysql://host/db", "known here: sqlite://"),
+    ("mysql://host/db", "known here: mongodb://, sqlite://"),
     ("yard.db", "unknown scheme"),
     ("", "unknown scheme"),
     ("sqlite://relative/yard.db", "three slashes"),
