@@ -5,7 +5,10 @@ PY     := $(VENV)/bin/python
 UV     := $(VENV)/bin/uv
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test test-fast bench lint proto constraints clean
+.PHONY: help demo test test-fast test-faults stack stack-down bench lint proto constraints clean
+TEST_RUN := $(CURDIR)/.stack/test
+STACK    := MODELYARD_TEST_RUN=$(TEST_RUN) $(PY) -m infra.stack
+EMBEDDED := MODELYARD_TEST_RUN=$(CURDIR)/.stack/none
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ —/' | sort
@@ -29,12 +32,23 @@ $(VENV)/.test: $(UV) pyproject.toml constraints.txt
 demo: $(VENV)/.demo          ## the whole path on this machine: register, build, deploy, score, capture, watch
 	@$(PY) demo/run.py
 
-test: $(VENV)/.test          ## every test
-	@$(PY) -m pytest -m "not slow" -n 3 --dist loadfile
-	@$(PY) -m pytest -m slow
+test: $(VENV)/.test          ## every test, on the embedded parts and on every real server that this machine can run
+	@$(STACK) stop >/dev/null; rm -rf $(TEST_RUN)
+	@$(STACK) start --available
+	@trap '$(STACK) stop' EXIT; export MODELYARD_TEST_RUN=$(TEST_RUN); \
+	  $(PY) -m pytest -m "not slow" -n 3 --dist loadfile && $(PY) -m pytest -m "slow and not fault"
 
-test-fast: $(VENV)/.test     ## the tests that take less than a minute together
-	@$(PY) -m pytest -m "not slow" -n 3 --dist loadfile
+test-fast: $(VENV)/.test     ## the tests that take less than a minute together, on the embedded parts
+	@$(EMBEDDED) $(PY) -m pytest -m "not slow" -n 3 --dist loadfile
+
+test-faults: $(VENV)/.test   ## kills, freezes and cuts real servers under load (about half an hour)
+	@$(PY) -m pytest -m fault -s
+
+stack: $(VENV)/.test         ## Kafka, MongoDB, Azurite, Docker and a registry as programs on this machine
+	@$(PY) -m infra.stack start
+
+stack-down:                  ## stops exactly what make stack started
+	@$(PY) -m infra.stack stop
 
 bench: $(VENV)/.test         ## the benchmarks; prints figures, judges nothing
 	@for b in tests/benchmarks/*.py; do echo "== $$b"; $(PY) $$b || exit 1; done

@@ -14,7 +14,7 @@ def yard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield yard
     finally:
         # Apart, the deployer leaves replicas running by design, for the next deployer to adopt: remove them first.
-        for item in yard.call("GET", "/v1/deployments").json["items"] if request.param == "apart" else ():
+        for item in yard.call("GET", "/v1/deployments").json["items"] if request.param != "all-in-one" else ():
             yard.call("DELETE", f"/v1/deployments/{item['name']}?wait=30")
         left = yard.stop()
     assert left == [], {name: yard.log(name)[-2000:] for name in yard.processes}

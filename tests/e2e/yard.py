@@ -1,7 +1,8 @@
 """A whole Modelyard for a test: the real programs, all-in-one or one process a service, on free ports.
 
-``Yard.start("all-in-one")`` and ``Yard.start("apart")`` give the same thing to a test: URLs, an SDK client and a
-data folder. ``stop`` ends what was started, by pid, and says what was left running.
+``Yard.start("all-in-one")``, ``"apart"`` and ``"distributed"`` (apart, on Kafka, MongoDB, Azure blobs and a container
+registry) give the same thing to a test: URLs, an SDK client and a data folder. ``stop`` ends what was started, by pid,
+and says what was left running.
 """
 
 from __future__ import annotations
@@ -22,14 +23,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.backends import MATRIX, url_of
+
 SERVICES = ("registry", "image-builder", "deployer", "telemetry")
-PROFILES = ("all-in-one", "apart")
+PROFILES = ("all-in-one", "apart", "distributed")
 
 
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def distributed(folder: Path) -> dict[str, str]:
+    """Settings of a yard's own corner of the real servers. Skips the test when one is not here, or fails it."""
+    ports = {"STORE": "store", "BUS": "bus", "BLOBS": "blobs", "IMAGES": "images"}
+    return {f"MODELYARD_{name}": url_of(MATRIX[port][1], folder) for name, port in ports.items()}
 
 
 def until(what: Callable[[], Any], seconds: float = 30.0, every: float = 0.05, why: str = "") -> Any:
@@ -64,8 +73,11 @@ class Yard:
     def start(cls, profile: str, data: Path, services: tuple[str, ...] = SERVICES, **env: str) -> Yard:
         names = ("all",) if profile == "all-in-one" else services
         ports = {name: free_port() for name in names}
-        settings = dict(os.environ, MODELYARD_DATA=str(data), ORT_DISABLE_TELEMETRY="1", **env)
-        if profile == "apart":
+        settings = dict(os.environ, MODELYARD_DATA=str(data), ORT_DISABLE_TELEMETRY="1")
+        if profile == "distributed":
+            settings |= distributed(data)
+        settings |= env
+        if profile != "all-in-one":
             urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
             settings["MODELYARD_SERVICES"] = json.dumps(urls)
         yard = cls(data, profile, ports, settings)
