@@ -22,8 +22,10 @@ from typing import Any, BinaryIO
 
 from .server import CACHE, StackError, apt_install, can_apt, needs, run
 
-VERSION = "bookworm-1"
+VERSION = "bookworm-2"
 EPOCH = 1767225600  # files made while it is put together get this time; those of packages keep theirs
+COMPILED = 'chroot "$1" python3 -m compileall -q -f --invalidation-mode unchecked-hash /usr/lib/python3.11 || true'
+"""Python's own library compiled without times in it: they are not the same in a layer as on the disk it came from."""
 PACKAGES = ("python3", "ca-certificates", "libstdc++6")
 LEFT_OUT = ("dev", "proc", "sys", "run", "tmp", "usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale",
             "usr/share/lintian", "var/log", "var/cache", "var/lib/apt", "etc/machine-id", "etc/hostname",
@@ -69,7 +71,7 @@ def _make() -> None:
         folder = Path(name)
         excluded = [f"--dpkgopt=path-exclude=/{path}/*" for path in LEFT_OUT if path.startswith("usr/share/")]
         run("mmdebstrap", "--mode=root", "--variant=essential", f"--include={','.join(PACKAGES)}", *excluded,
-            "bookworm", str(folder / "root.tar"), env={"SOURCE_DATE_EPOCH": str(EPOCH)})
+            f"--customize-hook={COMPILED}", "bookworm", str(folder / "root.tar"), env={"SOURCE_DATE_EPOCH": str(EPOCH)})
         layout = folder / "layout"
         (layout / "blobs/sha256").mkdir(parents=True)
         _image(folder / "root.tar", layout)
