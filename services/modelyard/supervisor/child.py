@@ -26,6 +26,9 @@ def _die_with(parent: int) -> None:
 class Child:
     """Raises OSError when the program cannot be started. ``exited`` gives the exit code, negative for a signal."""
 
+    taken_away = False
+    """Whether somebody ended it who did not mean its program: that is no failure of its own."""
+
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], cwd: str, log: LogFile) -> None:
         self._loop = asyncio.get_running_loop()
         self._log = log
@@ -34,15 +37,22 @@ class Child:
             list(argv), env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, process_group=0, preexec_fn=lambda: _die_with(parent),
         )
-        self.pid = self._process.pid
+        self.pid: int | None = self._process.pid
+        self._group = self._process.pid
         self._told = False
         self.exited: asyncio.Future[int] = self._loop.create_future()
         assert self._process.stdout is not None
         self._out = self._process.stdout.fileno()
         os.set_blocking(self._out, False)
         self._loop.add_reader(self._out, self._read)
-        self._pidfd = os.pidfd_open(self.pid)
+        self._pidfd = os.pidfd_open(self._group)
         self._loop.add_reader(self._pidfd, self._ended)
+
+    @property
+    def how(self) -> str:
+        """How it ended, for a person."""
+        code = self.exited.result()
+        return f"exited with code {code}" if code >= 0 else f"was ended by signal {-code}"
 
     def kill(self) -> None:
         """The whole group, at once."""
@@ -61,7 +71,7 @@ class Child:
 
     def _signal_group(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self._group, signal.SIGKILL)
 
     def _read(self) -> bool:
         try:

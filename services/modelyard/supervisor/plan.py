@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ class CannotStart(Exception):
 
 
 def program(template: Mapping[str, Any]) -> list[str]:
-    """The image's entry on this machine: its own Python, isolated from ours."""
+    """The image's entry on this machine: its own Python, isolated from ours. Of an image that is not unpacked here,
+    our own one."""
+    if template.get("engine"):
+        return [template["python"], "-P", "-m", f"{__package__.partition('.')[0]}.scoring"]
     return [template["python"], "-I", "-S", "-u", os.path.join(template["root"], "opt/modelyard/launch.py")]
 
 
@@ -47,9 +50,9 @@ def secret(name: str, source: Mapping[str, Any], environ: Mapping[str, str]) -> 
 
 
 def environment(want: Desired, template: Mapping[str, Any], ordinal: int,
-                environ: Mapping[str, str]) -> dict[str, str]:
+                environ: Mapping[str, str], passed_on: Sequence[str] = PASSED_ON) -> dict[str, str]:
     """A replica's environment: a little of ours, the image's, the deployment's, its secrets, and who it is."""
-    env = {k: environ[k] for k in PASSED_ON if k in environ}
+    env = {k: environ[k] for k in passed_on if k in environ}
     if cpu := template["resources"].get("cpu"):
         env |= dict.fromkeys(THREADS, str(max(1, math.ceil(cpu))))
     env |= template["image_env"] | template["env"]

@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from . import probe
 from .child import Child
@@ -18,8 +18,24 @@ from .plan import CannotStart, environment, program, workdir
 FIRST_PROBE_S, PROBE_S, PROBE_TIMEOUT_S, MISSES = 0.1, 2.0, 5.0, 3
 HEALTHY_S, MAX_DELAY_S = 10.0, 30.0
 STUCK_S = 60.0
+KINDS = ("grpc", "rest", "admin")
 DRAIN_S, GRACE_S = 20.0, 27.0
 PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Runs(Protocol):
+    """What runs for a replica: a child process or a container."""
+
+    pid: int | None
+    exited: asyncio.Future[int]
+    taken_away: bool
+
+    @property
+    def how(self) -> str: ...
+
+    def kill(self) -> None: ...
+
+    async def stop(self, grace_s: float) -> int: ...
 
 
 class Replica:
@@ -39,7 +55,7 @@ class Replica:
         self._want, self._template = want, want.template
         self._sockets, self._changed, self._environ = sockets, changed, environ
         self._log = LogFile(Path("logs") / f"{self.name}.log")
-        self._child: Child | None = None
+        self._child: Runs | None = None
         self._starts = 0
         self._streak = 0
         self._ready_since = 0.0
@@ -125,16 +141,15 @@ class Replica:
         lasted = asyncio.get_running_loop().time() - self._ready_since
         self._ready_since = 0.0
         if not self.reason.startswith("killed:"):
-            how = f"exited with code {code}" if code >= 0 else f"was ended by signal {-code}"
-            self.reason = f"{how}: {self._log.reason()}" if code > 0 else how
+            self.reason = f"{child.how}: {self._log.reason()}" if code > 0 else child.how
         self._remove_sockets()
-        return was_ready, was_ready and lasted >= HEALTHY_S
+        return was_ready or child.taken_away, (was_ready and lasted >= HEALTHY_S) or child.taken_away
 
     def _remove_sockets(self) -> None:
-        for kind in ("grpc", "rest", "admin"):
+        for kind in KINDS:
             Path(self.address(kind)).unlink(missing_ok=True)
 
-    def _start(self) -> Child:
+    def _start(self) -> Runs:
         self._starts += 1
         env = environment(self._want, self._template, self.ordinal, self._environ)
         argv = [*program(self._template), "serve", "--grpc", f"unix:{self.address('grpc')}",
@@ -145,11 +160,11 @@ class Replica:
             self.reason = "starting"
         return self._child
 
-    async def _watch(self, child: Child) -> None:
+    async def _watch(self, child: Runs) -> None:
         """Probes until it is ready, then for ever. Cancelled at its end."""
         loop = asyncio.get_running_loop()
         misses, answered = 0, loop.time()
-        memory = in_bytes(self._template["resources"].get("memory"))
+        memory = self._memory()
         stuck_s = max(STUCK_S, self._template["limits"].get("timeout_ms", 0) / 500)
         while not child.exited.done():
             await asyncio.sleep(PROBE_S if self.ready else FIRST_PROBE_S)
@@ -161,9 +176,13 @@ class Replica:
                 up = self.ready and misses < MISSES
                 if self._ready_since and loop.time() - answered > stuck_s:
                     self.kill(f"killed: it answered no probe for {stuck_s:g} s")
-            if memory and (used := _resident(child.pid)) > memory:
+            if memory and child.pid and (used := _resident(child.pid)) > memory:
                 self.kill(f"killed: it used {used >> 20} MiB, more than its limit of {memory >> 20} MiB")
             self._set(up, loop.time())
+
+    def _memory(self) -> int | None:
+        """The bytes at which we end it; None when there is no limit, or somebody else sees to it."""
+        return in_bytes(self._template["resources"].get("memory"))
 
     def _set(self, up: bool, now: float) -> None:
         if up == self.ready:
