@@ -1,6 +1,18 @@
 """What an image says of itself: ``image.json`` inside, the OCI config and the manifest outside.
 
 Nothing here depends on the image's name, version, time or place: equal inputs give equal bytes.
+
+What a container target may rely on, for an image with a base (config as any OCI engine reads it):
+
+- layers: the base's as they were, annotated ``io.modelyard.layer: base: …``, then ours (all below ``/opt``); gzip or
+  plain tar, OCI media types, so Docker Engine 20.10 takes them;
+- ``Entrypoint``: the base's own interpreter by its full path, ``-I -S /opt/modelyard/launch.py``; ``Cmd``: ``serve``.
+  A target appends ``serve --grpc … --http … --admin … --spool …`` in place of ``Cmd``; without, gRPC is on
+  0.0.0.0:8081 and REST on 0.0.0.0:8080 (``ExposedPorts``), admin on 127.0.0.1:8082, and nothing is captured;
+- ``User``: ``USER``, who owns nothing in the image: the root may be mounted read-only. Whoever wants capture mounts a
+  writable folder and names it with ``--spool``; scoring code may want a ``/tmp``;
+- ``Env``: the base's (``PATH`` too), ours, the image's own last; the label ``io.modelyard.env`` holds the last as JSON;
+- labels, healthcheck, volumes, stop signal and command of the base are not taken over.
 """
 
 from __future__ import annotations
