@@ -7,6 +7,7 @@ and says what was left running.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modelyard.adapters import urls
 from tests.backends import MATRIX, url_of
 
 SERVICES = ("registry", "image-builder", "deployer", "telemetry")
@@ -143,6 +145,21 @@ class Yard:
     def replicas(self) -> list[int]:
         """Pids of everything that runs out of this data folder beside the services themselves."""
         return [pid for pid in running_under(self.data) if pid not in {p.pid for p in self.processes.values()}]
+
+    def blob_sizes(self) -> list[int]:
+        """Of everything in this yard's blob store; in a folder, of what is being written as well."""
+        folder = self.data / "blobs"
+        if "MODELYARD_BLOBS" not in self.env:
+            return [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
+
+        async def look() -> list[int]:
+            blobs = await urls.open_blobs(self.env["MODELYARD_BLOBS"])
+            try:
+                return [blob.size async for blob in blobs.list()]
+            finally:
+                await blobs.close()
+
+        return asyncio.run(look())
 
     def stop(self, seconds: float = 40.0) -> list[int]:
         """SIGTERM to all; what still runs out of the data folder afterwards is given back, and then ended."""
