@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import secrets
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
@@ -24,34 +23,19 @@ from typing import Any, BinaryIO
 from ..core.errors import Invalid, NotFound, Unavailable
 from ..ports.images import ImageStore
 from .folder import in_thread
+from .images_names import descriptors, hex_of, is_manifest, parts, repo_of, tag_of
 
 CHUNK = 1 << 20
 STALE_S = 24 * 3600.0
 LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+LISTS = frozenset({INDEX_TYPE, "application/vnd.docker.distribution.manifest.list.v2+json"})
 REF_NAME = "org.opencontainers.image.ref.name"
-DIGEST = re.compile(r"^sha256:([0-9a-f]{64})$")
-REPO = re.compile(r"^[a-z0-9]+(?:[._\-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._\-]+[a-z0-9]+)*)*$")
-TAG = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._\-]{0,127}$")
-
-
-def _hex(digest: str) -> str:
-    found = DIGEST.fullmatch(digest)
-    if found is None:
-        raise Invalid(f"'{digest}' is not a digest; write sha256: and 64 lower-case hexadecimal digits")
-    return found[1]
 
 
 def _name(repo: str, tag: str) -> str:
-    if not TAG.fullmatch(tag):
-        raise Invalid(f"'{tag}' is not a tag; use 1-128 letters, digits, '_', '.', '-'")
-    return f"{_repo(repo)}:{tag}"
-
-
-def _repo(repo: str) -> str:
-    if len(repo) > 255 or not REPO.fullmatch(repo):
-        raise Invalid(f"'{repo}' is not a repository name; use lower-case letters, digits, '.', '_', '-', '/'")
-    return repo
+    tag_of(tag)
+    return f"{repo_of(repo)}:{tag}"
 
 
 class LayoutImages(ImageStore):
@@ -74,7 +58,7 @@ class LayoutImages(ImageStore):
 
     async def put_blob(self, repo: str, digest: str, chunks: AsyncIterable[bytes]) -> bool:
         """Streams into ``.tmp``, checks the digest, then moves into place: nobody sees half a blob."""
-        if await in_thread(self._pin, _repo(repo), _hex(digest)):
+        if await in_thread(self._pin, repo_of(repo), hex_of(digest)):
             return False
         upload = _Upload(self._tmp / secrets.token_hex(16))
         try:
@@ -88,8 +72,8 @@ class LayoutImages(ImageStore):
 
     async def get_blob(self, repo: str, digest: str, start: int = 0) -> AsyncIterator[bytes]:
         """Reads from ``start``; goes on reading when the blob is taken away meanwhile."""
-        path = self._blobs / _hex(digest)
-        _repo(repo)
+        path = self._blobs / hex_of(digest)
+        repo_of(repo)
         if start < 0:
             raise Invalid("a blob is read from byte 0 or later")
         file = await in_thread(_open, path, digest, start)
@@ -108,8 +92,9 @@ class LayoutImages(ImageStore):
         return await in_thread(self._guarded, self._put_manifest, repo, name, manifest, media_type)
 
     async def get_manifest(self, repo: str, reference: str) -> tuple[bytes, str] | None:
-        """By tag or by digest; a digest counts only while the index lists it."""
-        return await in_thread(self._get_manifest, _repo(repo), reference)
+        """By tag or by digest; a digest counts only while the index lists it, or a list in it does. In a layout that
+        another tool wrote a tag stands there without a repository: any fits."""
+        return await in_thread(self._get_manifest, repo_of(repo), reference)
 
     async def remove(self, repo: str, tag: str) -> None:
         """The tag goes first, then the blobs: a crash between leaves only unused blobs, and the same call again
@@ -172,7 +157,7 @@ class LayoutImages(ImageStore):
         if upload.digest != digest:
             raise Invalid(f"the bytes given for {digest} hash to {upload.digest}; nothing was kept",
                           code="digest-mismatch")
-        hex_ = _hex(digest)
+        hex_ = hex_of(digest)
         with self._locked():
             there = (self._blobs / hex_).exists()
             self._pin_path(repo, hex_).touch()
@@ -198,7 +183,7 @@ class LayoutImages(ImageStore):
         digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
         with self._locked():
             needs = self._complete(manifest)
-            path = self._blobs / _hex(digest)
+            path = self._blobs / hex_of(digest)
             if not path.exists():
                 _replace(path, manifest, self._tmp)
             before = self._index()
@@ -206,18 +191,14 @@ class LayoutImages(ImageStore):
             after = [*(m for m in before if _ref(m) != name), entry]
             if after != before:
                 self._write_index(after)
-            for hex_ in (*needs, _hex(digest)):
+            for hex_ in (*needs, hex_of(digest)):
                 self._pin_path(repo, hex_).unlink(missing_ok=True)
             self._collect([m["digest"] for m in before if _ref(m) == name and m["digest"] != digest], after)
         return digest
 
     def _complete(self, manifest: bytes) -> frozenset[str]:
         """What the manifest needs (hex). Raises Invalid for what is not a manifest, or names what is not here."""
-        try:
-            parts = list(_descriptors(json.loads(manifest)))
-            sizes = {_hex(part["digest"]): part["size"] for part in parts}
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise Invalid(f"this is not an OCI manifest: {exc}") from exc
+        sizes = {hex_of(part["digest"]): part["size"] for part in parts(manifest)}
         for hex_, size in sizes.items():
             path = self._blobs / hex_
             if not path.exists() or path.stat().st_size != size:
@@ -227,12 +208,22 @@ class LayoutImages(ImageStore):
 
     def _get_manifest(self, repo: str, reference: str) -> tuple[bytes, str] | None:
         by_digest = reference.startswith("sha256:")
-        wanted = f"sha256:{_hex(reference)}" if by_digest else _name(repo, reference)
-        for entry in self._index():
-            if (entry["digest"] if by_digest else _ref(entry)) == wanted:
+        wanted = {f"sha256:{hex_of(reference)}"} if by_digest else {_name(repo, reference), reference}
+        for entry in self._entries(by_digest):
+            if (entry["digest"] if by_digest else _ref(entry)) in wanted:
                 with suppress(FileNotFoundError):
-                    return (self._blobs / _hex(entry["digest"])).read_bytes(), entry["mediaType"]
+                    return (self._blobs / hex_of(entry["digest"])).read_bytes(), entry["mediaType"]
         return None
+
+    def _entries(self, nested: bool) -> Iterator[dict[str, Any]]:
+        """What the index lists; ``nested``: and what the lists that it lists do."""
+        waiting = self._index()
+        while waiting:
+            entry = waiting.pop(0)
+            yield entry
+            if nested and entry["mediaType"] in LISTS:
+                with suppress(FileNotFoundError, ValueError):
+                    waiting += json.loads((self._blobs / hex_of(entry["digest"])).read_bytes()).get("manifests", ())
 
     def _remove(self, name: str) -> None:
         with self._locked():
@@ -247,12 +238,12 @@ class LayoutImages(ImageStore):
         """The manifest itself and all it names, as hex. Manifests never change: remembered."""
         known = self._needs.get(digest)
         if known is None:
-            hex_ = _hex(digest)
+            hex_ = hex_of(digest)
             known = frozenset({hex_})
             with suppress(FileNotFoundError, ValueError):
-                for part in _descriptors(json.loads((self._blobs / hex_).read_bytes())):
+                for part in descriptors(json.loads((self._blobs / hex_).read_bytes())):
                     child = part["digest"]
-                    known |= self._needed_by(child) if _is_manifest(part) else {_hex(child)}
+                    known |= self._needed_by(child) if is_manifest(part) else {hex_of(child)}
             self._needs[digest] = known
         return known
 
@@ -354,14 +345,3 @@ def _read(file: BinaryIO, seen: Any) -> bytes:
 
 def _ref(entry: dict[str, Any]) -> str:
     return str(entry.get("annotations", {}).get(REF_NAME, ""))
-
-
-def _is_manifest(part: dict[str, Any]) -> bool:
-    return ".manifest." in str(part.get("mediaType", "")) or ".index." in str(part.get("mediaType", ""))
-
-
-def _descriptors(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    if "config" in manifest:
-        yield manifest["config"]
-    yield from manifest.get("layers", ())
-    yield from manifest.get("manifests", ())
