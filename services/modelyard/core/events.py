@@ -48,7 +48,7 @@ class Envelope(BaseModel):
     specversion: str = Field(default="1.0", pattern="^1\\.0$")
     id: str = Field(min_length=1)
     source: str = Field(min_length=1)
-    type: str = Field(pattern=r"^[a-z]+\.[a-z]+\.v[1-9][0-9]*$")
+    type: str = Field(pattern=r"^[a-z]+\.[a-z-]+\.v[1-9][0-9]*$")
     subject: str = Field(min_length=1)
     time: Time
     datacontenttype: str = "application/json"

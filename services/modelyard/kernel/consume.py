@@ -77,11 +77,11 @@ async def consume(ctx: Context, service: Service, bus: EventBus) -> None:
                     lanes = _Lanes(tasks, _Consumer(ctx, service).take)
                     async for delivery in deliveries:
                         lanes.add(delivery)
-        except Unavailable as exc:
+        except (Unavailable, Invalid) as exc:  # a topic that is there and wrong is put right by hand, like an outage
             if said.new("outage", exc):
                 log.warning("no events arrive until this is over: %s", exc)
         except ExceptionGroup as group:
-            outages, faults = group.split(Unavailable)
+            outages, faults = group.split((Unavailable, Invalid))
             if faults is not None:
                 raise faults from None
             if said.new("outage", outages):

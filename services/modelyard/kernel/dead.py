@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..core.documents import Document, Time
 from ..core.errors import AlreadyApplied, Conflict, Invalid, ModelyardError, NotFound
-from ..core.events import Envelope
+from ..core.events import Envelope, Fact
 from ..ports.bus import Delivery
 from ..ports.store import DocumentStore
 from .observe import DEAD_LETTERS, trace_from
@@ -105,7 +105,7 @@ def workspace_of(key: str) -> str:
     return workspace if slash and workspace else "default"
 
 
-async def upsert(ctx: Context, type_: type[Any], id: str, workspace: str, fn: Any) -> Any:
+async def upsert(ctx: Context, type_: type[Any], id: str, workspace: str, fn: Any, *facts: Fact) -> Any:
     """Commits ``fn(newest, tombstones included, or None)`` → document or None (leave it); reads again on Conflict."""
     for _ in range(RETRIES):
         old = await ctx.store.get(type_, id, workspace=workspace, tombstone=True)
@@ -114,7 +114,7 @@ async def upsert(ctx: Context, type_: type[Any], id: str, workspace: str, fn: An
             return old
         kept = {"revision": old.revision, "sequence": old.sequence} if old else {}
         try:
-            return await ctx.commit(doc.evolve(**kept))
+            return await ctx.commit(doc.evolve(**kept), *facts)
         except Conflict:
             continue
     raise Conflict(f"{type_.kind} '{id}' changes too often; try again")
@@ -154,7 +154,8 @@ def describe(error: BaseException) -> str:
 
 async def bury(ctx: Context, raw: Raw, envelope: Envelope | None, error: BaseException, attempts: int,
                first: datetime | None = None) -> None:
-    """Makes a dead letter, once for each event however often it is delivered; remembers how far its subject was."""
+    """Makes a dead letter, once for each event however often it is delivered, and tells of it on ``dead.<service>``;
+    remembers how far its subject was."""
     name = f"{raw.topic} {envelope.id}" if envelope else f"{raw.topic} {raw.origin}"
     id, now = hashlib.sha256(f"{ctx.service} {name}".encode()).hexdigest()[:16], ctx.now()
     letter = DeadLetter(
@@ -167,7 +168,8 @@ async def bury(ctx: Context, raw: Raw, envelope: Envelope | None, error: BaseExc
     )
     if envelope:
         await note_seen(ctx, envelope, create=True)
-    stored = await upsert(ctx, DeadLetter, id, letter.workspace, lambda old: None if old else letter)
+    notice = Fact(f"dead.{ctx.service}", {"event": None})  # the letter itself is read by its id
+    stored = await upsert(ctx, DeadLetter, id, letter.workspace, lambda old: None if old else letter, notice)
     if stored.revision == 1 and stored.created == now:
         DEAD_LETTERS.labels(ctx.service, raw.topic).inc()
 

@@ -50,7 +50,7 @@ def _topics(given: Sequence[str]) -> tuple[str, ...]:
     if lost:
         raise Invalid(f"no event has the type {', '.join(lost)}; there are: {', '.join(TOPICS)}", errors=[
             {"field": "types", "message": f"'{g}' matches no event type"} for g in lost])
-    return tuple(t for t in TOPICS if any(fnmatchcase(t, g) for g in globs))
+    return tuple(t for t in TOPICS if not globs or any(fnmatchcase(t, g) for g in globs))
 
 
 def _wanted(call: Call) -> _Wanted:
