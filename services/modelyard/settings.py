@@ -33,6 +33,7 @@ DEFAULT_PORT = 8700
 DEFAULT_SERVICES = {
     "registry": "http://127.0.0.1:8701", "image-builder": "http://127.0.0.1:8702", "deployer": "http://127.0.0.1:8703",
     "edge-dispatcher": "http://127.0.0.1:8704", "telemetry": "http://127.0.0.1:8705",
+    "stream": "http://127.0.0.1:8706",
 }
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 ELSEWHERE = frozenset({  # MODELYARD_* names that other programs of ours read

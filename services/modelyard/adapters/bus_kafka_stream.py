@@ -82,7 +82,7 @@ class StreamKafka:
 class Watchdog:
     """Sees with its own connection that work is there and is not done: a consumer may live on and be silent."""
 
-    def __init__(self, now: Callable[[], float] = time.monotonic, patience_s: float = SILENT_S) -> None:
+    def __init__(self, patience_s: float = SILENT_S, now: Callable[[], float] = time.monotonic) -> None:
         self._now, self._patience = now, patience_s
         self._stuck: dict[Place, tuple[int, float]] = {}
 

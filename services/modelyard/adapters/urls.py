@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 from ..core.errors import Invalid
@@ -22,6 +22,9 @@ from ..ports.bus import EventBus
 from ..ports.images import ImageStore
 from ..ports.store import DocumentStore
 from ..ports.targets import DeploymentTarget
+
+if TYPE_CHECKING:
+    from .bus_kafka_stream import StreamKafka
 
 MAX_URL = 4096
 SECRET = re.compile(r"pass|secret|token|key|sig|cred", re.IGNORECASE)
@@ -49,6 +52,7 @@ STORES = {"sqlite": Adapter("store_sqlite", "SqliteStore", options=SQLITE),
 BUSES = {"sqlite": Adapter("bus_sqlite", "SqliteBus", options={**SQLITE, "retention_days": float}),
          "kafka": Adapter("bus_kafka", "KafkaBus", "kafka", KAFKA, network=True)}
 AZURE = {"timeout_s": float}
+STREAMS = {"kafka": Adapter("bus_kafka_stream", "StreamKafka", "faust", KAFKA, network=True)}
 BLOBS = {"file": Adapter("blobs_dir", "DirBlobs"),
          "azure": Adapter("blobs_azure", "AzureBlobs", "azure", AZURE, network=True)}
 GRANTS = {"file": Adapter("blobs_dir", "DirGrants"),
@@ -73,6 +77,16 @@ async def open_bus(url: str) -> EventBus:
     class_, where = _adapter("bus", url, BUSES)
     bus: EventBus = await class_.open(where.place, **where.options)
     return bus
+
+
+async def open_stream(bus_url: str) -> StreamKafka:
+    """What the stream worker needs of the bus at ``bus_url``: only Kafka has it."""
+    if not bus_url.startswith("kafka://"):
+        raise Invalid("`modelyard serve stream` needs bus=kafka://HOST:PORT (MODELYARD_BUS): live windows come from "
+                      f"Kafka, not from {mask(bus_url)}", field="bus")
+    class_, where = _adapter("bus", bus_url, STREAMS)
+    opened: StreamKafka = await class_.open(where.place, **where.options)
+    return opened
 
 
 async def open_blobs(url: str) -> BlobStore:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Coroutine
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .options import Output
 from .show import Format, document
+
+if TYPE_CHECKING:
+    from ..settings import Settings
 
 
 class Service(StrEnum):
@@ -20,6 +24,7 @@ class Service(StrEnum):
     image_builder = "image-builder"
     deployer = "deployer"
     telemetry = "telemetry"
+    stream = "stream"
 
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on: 127.0.0.1 unless told otherwise.")]
@@ -34,7 +39,9 @@ def serve(
     host: Host = None, port: Port = None, data: Data = None, config: Config = None, insecure: Insecure = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
-    """Runs the services until Ctrl-C. All of them in one process, or one each."""
+    """Runs the services until Ctrl-C. All of them in one process, or one each.
+
+    `stream` (live windows with Faust) is none of the "all": it needs bus=kafka:// and a process of its own."""
     import asyncio
 
     import uvloop
@@ -43,8 +50,24 @@ def serve(
     from ..settings import load
 
     settings = load(config, host=host, port=port, data=data, insecure=insecure, log_level=log_level)
+    names = [s.value for s in services or []]
+    work = run(settings, names, ready=_ready) if Service.stream not in names else _stream(settings, names)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run(settings, [s.value for s in services or []], ready=_ready))
+        runner.run(work)
+
+
+def _stream(settings: Settings, names: list[str]) -> Coroutine[Any, Any, None]:
+    """The stream worker, which needs Faust, Kafka and a process of its own."""
+    from ..core.errors import Invalid
+
+    if len(names) > 1:
+        raise Invalid("`stream` runs in a process of its own: modelyard serve stream", field="service")
+    try:
+        from ..stream import run
+    except ImportError as exc:
+        raise Invalid(f"`modelyard serve stream` needs a package that is not installed ({exc.name}); run "
+                      "pip install 'modelyard[kafka,faust]'", field="service") from exc
+    return run(settings, ready=_ready)
 
 
 def _ready(url: str, services: list[str]) -> None:

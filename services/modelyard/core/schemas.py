@@ -35,6 +35,12 @@ KINDS: dict[str, tuple[type[BaseModel] | None, dict[str, Any]]] = {
 """First word of a topic → (the caller's fields, what the service adds and always sends)."""
 ALIASED: dict[str, Any] = {"name": TEXT, "aliases": {"type": "object", "additionalProperties": {"type": "integer"}}}
 
+CELLS: dict[str, Any] = {"cells": {"type": "array", "items": {
+    "type": "array", "prefixItems": [COUNT, TEXT, TEXT, {"type": "object", "additionalProperties": COUNT}],
+    "minItems": 4, "maxItems": 4}}}
+"""What a segment adds to windows: start of ten seconds, model, status, calls by latency bucket. Not there in events of
+0.1.0."""
+
 
 def _open(schema: Any) -> Any:
     """The same schema without ``additionalProperties: false`` and titles, at every depth."""
@@ -58,7 +64,8 @@ def data_schema(topic: str) -> dict[str, Any]:
         extra = {"reason": TEXT}
     elif topic.endswith(".updated"):
         extra = {"previous": {"type": "object"}}
-    schema["properties"] = {**schema["properties"], **DOCUMENT, **added, **extra}
+    optional = CELLS if topic == "capture.closed" else {}
+    schema["properties"] = {**schema["properties"], **DOCUMENT, **added, **extra, **optional}
     always = {"name"} if spec is not None else set()
     schema["required"] = sorted(always | set(DOCUMENT) | set(added) | set(extra))
     return schema

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from ..core.documents import rfc3339
 from ..core.errors import Invalid, NotFound
 from ..core.layout import COLLECTOR_NAME
 from ..kernel.paging import PARAMETERS, limit_of, seal, unseal
@@ -53,6 +54,8 @@ async def windows(ctx: Context, call: Call) -> web.StreamResponse:
     stream = await _stream(ctx, call)
     width = parse_window(call.query["window"]) if "window" in call.query else WINDOW_S
     start, end = _times(call)
+    if call.query.get("live", "false") != "false":
+        return reply({"windows": await _live(ctx, call, width, start, end)})
     end = end or ctx.now() + timedelta(seconds=1)
     start = start or end - LOOK_BACK
     first = window_of(int(start.timestamp()), width)
@@ -63,13 +66,26 @@ async def windows(ctx: Context, call: Call) -> web.StreamResponse:
     return reply({"windows": list(found.answers(stream.id))})
 
 
+async def _live(ctx: Context, call: Call, width: int, start: datetime | None,
+                end: datetime | None) -> list[dict[str, Any]]:
+    """What the stream worker has of the last quarter of an hour, from Kafka and without a look into the store."""
+    if call.query["live"] != "true" or width != WINDOW_S:
+        raise Invalid("'live' is true or false, and live windows are one minute wide", field="live")
+    answer = await ctx.peers.call("stream", "GET", f"/internal/v1/live/{ctx.peers.quote(call.params['deployment'])}",
+                                  workspace=call.workspace)
+    return [w for w in (answer or {}).get("windows", [])
+            if (start is None or w["end"] > rfc3339(start)) and (end is None or w["start"] < rfc3339(end))]
+
+
 def routes(ctx: Context) -> Sequence[Route]:
     """All of it."""
     return [
         Route("GET", "/v1/capture/{deployment}", show, "Captured calls of a deployment", query=ROWS),
         Route("GET", "/v1/capture/{deployment}/verify", prove, "Prove that nothing captured is missing", query=TIMES),
         Route("GET", "/v1/telemetry/{deployment}", windows, "Requests, errors and latency of a deployment",
-              query={**TIMES, "window": "The width of a window: `1m` (default), a multiple of 10 s."}),
+              query={**TIMES, "window": "The width of a window: `1m` (default), a multiple of 10 s.",
+                     "live": "`true`: the last 15 minutes as the stream worker (`modelyard serve stream`, on Kafka) "
+                             "has them; a window with `provisional: true` is not settled yet."}),
     ]
 
 

@@ -129,7 +129,7 @@ async def _keep(ctx: Context, segment: Segment) -> None:
     if segment.deleted:
         return
     if segment.revision == 0 and not segment.empty:
-        facts = [Fact("capture.closed")]
+        facts = [Fact("capture.closed", {"cells": [cell.plain() for cell in segment.cells]})]
         if lost := segment.lost():
             facts.append(Fact("capture.lost", {"lost": lost}))
         try:

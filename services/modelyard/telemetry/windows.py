@@ -8,7 +8,7 @@ can be made again at any time from the manifests.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -30,6 +30,16 @@ class Cell(NamedTuple):
     model: str
     status: str
     latency: dict[int, int]
+
+    def plain(self) -> list[Any]:
+        """As events carry it: JSON has only text for keys."""
+        return [self.slot, self.model, self.status, {str(bucket): calls for bucket, calls in self.latency.items()}]
+
+    @classmethod
+    def of(cls, plain: Sequence[Any]) -> Cell:
+        """Raises ValueError, TypeError or AttributeError for what is no cell."""
+        slot, model, status, latency = plain
+        return cls(int(slot), str(model), str(status), {int(bucket): int(n) for bucket, n in latency.items()})
 
 
 Key = tuple[int, str, str]

@@ -48,7 +48,7 @@ async def test_a_segment_becomes_parquet_and_a_manifest(here: Bench) -> None:
     assert (manifest.first, manifest.last, manifest.rows, manifest.not_recorded) == (1, 2, 2, {"sampled": 5})
     events = [e for e in await here.events() if e.topic == "capture.closed"]
     assert [(e.subject, e.partitionkey) for e in events] == [(f"iris:{REPLICA}:1", "default/iris")]
-    assert events[0].data["files"][0]["key"] == key and "cells" not in events[0].data
+    assert events[0].data["files"][0]["key"] == key and "runs" not in events[0].data
 
 
 async def test_hours_are_kept_apart(here: Bench) -> None:
