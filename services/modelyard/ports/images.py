@@ -23,7 +23,8 @@ class ImageStore(Port):
 
     @abstractmethod
     async def put_manifest(self, repo: str, tag: str, manifest: bytes, media_type: str) -> str:
-        """Stores the manifest, points ``tag`` at it, returns its digest. Its blobs must be there (else Invalid)."""
+        """Stores the manifest, points ``tag`` at it, returns its digest. Its blobs must be there (else Invalid). What
+        the tag pointed at before goes as with ``remove``."""
 
     @abstractmethod
     async def get_manifest(self, repo: str, reference: str) -> tuple[bytes, str] | None:
@@ -31,4 +32,7 @@ class ImageStore(Port):
 
     @abstractmethod
     async def remove(self, repo: str, tag: str) -> None:
-        """Takes the tag away, and what no other tag of any repo needs. Removing twice is fine."""
+        """Takes the tag away, and the manifest when no other tag of the repo has it. Removing twice is fine.
+
+        Blobs that no manifest of any repo needs go as well: at once in a folder; in a registry when its own garbage
+        collection runs, for it alone knows what is on its way in. Until then they may still be read by digest."""

@@ -1,0 +1,288 @@
+"""ImageStore ``oci://HOST[:PORT][/PREFIX]``: an OCI distribution registry.
+
+Only what is missing goes up: a blob that the repository has is left alone, one that another repository of ours has is
+mounted from there, the rest is sent in parts and resumed after a cut. Credentials are Docker's (``docker login``).
+Blobs are taken away by the registry's own garbage collection, never by us: it alone knows what nobody needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterable, AsyncIterator
+from typing import Any, Self
+from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
+
+from ..core.errors import Invalid, ModelyardError, NotFound, Unavailable
+from ..ports.images import ImageStore
+from .images_names import hex_of, is_manifest, parts, repo_of, tag_of
+from .images_registry_http import BROKEN, TRIES, Door, loopback, pause
+from .images_registry_known import Known
+from .images_registry_upload import Upload
+
+CHUNK = 1 << 20
+LARGEST_MANIFEST = 8 << 20
+SIDE_BY_SIDE = 8
+TAGS_A_PAGE = 1000
+MANIFESTS = ", ".join((
+    "application/vnd.oci.image.manifest.v1+json", "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json"))
+OCI_MANIFEST = MANIFESTS.partition(",")[0]
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+CUT = (*BROKEN, Unavailable)
+
+
+class RegistryImages(ImageStore):
+    """One registry, below one prefix. Any number of processes may use it at once."""
+
+    def __init__(self, door: Door, prefix: str) -> None:
+        self._door = door
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._known = Known(self._prefix, self._json)
+        self._turn: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    @classmethod
+    async def open(cls, url: str, tls: str = "", timeout_s: float = 60.0) -> Self:
+        """``tls``: ``on`` or ``off``; by itself it is off on loopback and on elsewhere. ``timeout_s`` is how long the
+        registry may be silent. Opens no connection. Invalid for a URL that is none of a registry."""
+        given = urlsplit(url)
+        host, prefix = given.netloc, given.path.strip("/")
+        if "@" in host:
+            raise Invalid("credentials in a registry's URL are refused; run docker login "
+                          f"{host.rpartition('@')[2]} as the user that Modelyard runs as", field="images")
+        if tls not in ("", "on", "off"):
+            raise Invalid(f"tls is on or off, not '{tls}'", field="images")
+        if prefix:
+            repo_of(prefix)
+        return cls(Door(host, tls != "off" if tls else not loopback(host), timeout_s), prefix)
+
+    async def check(self) -> None:
+        """Whether it is a registry and takes our credentials."""
+        try:
+            await self._door.ask("GET", "/v2/", about="images", tries=1)
+        except (NotFound, Invalid) as exc:
+            raise Invalid(f"there is no OCI registry at {self._door.host}: {exc.message}; check images=",
+                          field="images") from exc
+
+    async def close(self) -> None:
+        await self._known.close()
+        await self._door.close()
+
+    def reference(self, repo: str, digest: str) -> str:
+        """How other programs call this image: for ``docker pull``."""
+        return f"{self._door.host}/{self._name(repo)}@{digest}"
+
+    # -- blobs --------------------------------------------------------------------------------------------------------
+
+    async def put_blob(self, repo: str, digest: str, chunks: AsyncIterable[bytes]) -> bool:
+        """Left alone, mounted, or sent. An upload that fails leaves nothing."""
+        name = self._name(repo)
+        hex_of(digest)
+        if await self._size(name, digest) is not None:
+            self._known.note(name, digest)
+            return False
+        begun = None
+        elsewhere = await self._known.where(digest)
+        if elsewhere not in (None, name):
+            mounted = await self._door.ask(
+                "POST", f"/v2/{name}/blobs/uploads/?mount={digest}&from={elsewhere}", ok=(201, 202), repo=name,
+                about=f"blob {digest[:19]} of {name}", headers={"Content-Length": "0"})
+            if mounted.status == 201:
+                self._known.note(name, digest)
+                return False
+            self._known.drop(digest)
+            begun = self._door.location(mounted.headers, mounted.url)
+        await Upload(self._door, f"/v2/{name}", name, digest, begun).send(chunks)
+        self._known.note(name, digest)
+        return True
+
+    async def get_blob(self, repo: str, digest: str, start: int = 0) -> AsyncIterator[bytes]:
+        """Goes on where it was cut off; Unavailable when that fails several times without a byte between."""
+        name = self._name(repo)
+        hex_of(digest)
+        if start < 0:
+            raise Invalid("a blob is read from byte 0 or later")
+        seen = hashlib.sha256() if start == 0 else None
+        place, attempt, ended = start, 1, False
+        while not ended:
+            before = place
+            try:
+                async for chunk in self._read(name, digest, place):
+                    place += len(chunk)
+                    if seen is not None:
+                        seen.update(chunk)
+                    yield chunk
+                ended = True
+            except CUT as exc:
+                attempt = attempt + 1 if place == before else 1
+                if attempt > TRIES:
+                    raise (exc if isinstance(exc, Unavailable) else
+                           self._door.broken(f"blob {digest[:19]} of {name}", exc)) from exc
+                await pause(attempt)
+        if seen is not None and f"sha256:{seen.hexdigest()}" != digest:
+            raise Invalid(f"blob {digest} is damaged in the registry {self._door.host}: its bytes hash to "
+                          f"sha256:{seen.hexdigest()}")
+
+    async def _read(self, name: str, digest: str, start: int) -> AsyncIterator[bytes]:
+        """One try, from a byte on. A registry that knows no ranges sends what we have as well."""
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        async with self._door.opened("GET", f"/v2/{name}/blobs/{digest}", repo=name, headers=headers) as answer:
+            if answer.status == 416:
+                return
+            if answer.status not in (200, 206):
+                raise self._door.error(f"blob {digest} of {name}", answer.status, answer.headers,
+                                       await answer.content.read(CHUNK))
+            skip = start if answer.status == 200 else 0
+            async for chunk in answer.content.iter_chunked(CHUNK):
+                if skip < len(chunk):
+                    yield chunk[skip:]
+                skip = max(0, skip - len(chunk))
+
+    async def _size(self, name: str, digest: str, kind: str = "blobs") -> int | None:
+        found = await self._door.ask("HEAD", f"/v2/{name}/{kind}/{digest}", about=f"{kind} {digest[:19]} of {name}",
+                                     ok=(200, 404), repo=name, headers={"Accept": MANIFESTS})
+        return int(found.headers.get("Content-Length", -1)) if found.status == 200 else None
+
+    # -- manifests and tags -------------------------------------------------------------------------------------------
+
+    async def put_manifest(self, repo: str, tag: str, manifest: bytes, media_type: str) -> str:
+        """The tag moves in one step; the manifest before it goes when no other tag has it."""
+        name, tag = self._name(repo), tag_of(tag)
+        needs = parts(manifest)
+        await self._all_there(name, needs)
+        digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
+        async with self._turn.setdefault(name, asyncio.Lock()):
+            before = await self._digest(name, tag)
+            await self._put(name, tag, manifest, media_type)
+            if before not in (None, digest):
+                await self._delete(name, str(before), unless_tagged=True)
+        self._known.note(name, *(part["digest"] for part in needs if not is_manifest(part)))
+        return digest
+
+    async def get_manifest(self, repo: str, reference: str) -> tuple[bytes, str] | None:
+        """By tag or by digest, checked against the digest."""
+        name = self._name(repo)
+        by_digest = reference.startswith("sha256:")
+        _ = hex_of(reference) if by_digest else tag_of(reference)
+        found = await self._door.ask("GET", f"/v2/{name}/manifests/{reference}", ok=(200, 404), repo=name,
+                                     about=f"manifest {reference} of {name}", headers={"Accept": MANIFESTS})
+        if found.status == 404:
+            return None
+        told = reference if by_digest else found.headers.get("Docker-Content-Digest", "")
+        digest = f"sha256:{hashlib.sha256(found.body).hexdigest()}"
+        if told.startswith("sha256:") and told != digest:
+            raise Invalid(f"manifest {reference} of {name} is damaged in the registry {self._door.host}: it hashes to "
+                          f"{digest}, not to {told}")
+        return found.body, found.headers.get("Content-Type", OCI_MANIFEST).partition(";")[0]
+
+    async def remove(self, repo: str, tag: str) -> None:
+        """The tag, and its manifest when no other tag has it. Registries that cannot take a tag away alone are led by
+        a manifest of our own that the tag is moved to first."""
+        name, tag = self._name(repo), tag_of(tag)
+        async with self._turn.setdefault(name, asyncio.Lock()):
+            digest = await self._digest(name, tag)
+            if digest is None:
+                return
+            others = await self._tags_of(name, digest, but=tag)
+            if not others:
+                return await self._delete(name, digest)
+            done = await self._door.ask("DELETE", f"/v2/{name}/manifests/{tag}", about=f"tag {tag} of {name}",
+                                        ok=(200, 202, 400, 404, 405), repo=name)
+            if done.status in (400, 405):
+                await self._delete(name, await self._put_aside(name, tag))
+
+    async def _put_aside(self, name: str, tag: str) -> str:
+        """Moves the tag to a manifest that nothing else is like; its digest."""
+        config = b"{}"
+        digest = f"sha256:{hashlib.sha256(config).hexdigest()}"
+        if await self._size(name, digest) is None:
+            await Upload(self._door, f"/v2/{name}", name, digest).send(_once(config))
+        body = json.dumps({
+            "schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": [],
+            "config": {"mediaType": OCI_CONFIG, "digest": digest, "size": len(config)},
+            "annotations": {"io.modelyard.removed": f"{name}:{tag}"}}).encode()
+        await self._put(name, tag, body, OCI_MANIFEST)
+        return f"sha256:{hashlib.sha256(body).hexdigest()}"
+
+    async def _put(self, name: str, tag: str, manifest: bytes, media_type: str) -> None:
+        try:
+            await self._door.ask("PUT", f"/v2/{name}/manifests/{tag}", about=f"manifest {tag} of {name}", ok=(201, 200),
+                                 repo=name, headers={"Content-Type": media_type}, data=manifest)
+        except (Invalid, NotFound) as exc:
+            raise Invalid(exc.message, code="blob-missing" if "BLOB_UNKNOWN" in exc.message else None) from exc
+
+    async def _delete(self, name: str, digest: str, unless_tagged: bool = False) -> None:
+        """A manifest, and with it every tag that has it. A registry that deletes nothing keeps it untagged."""
+        if unless_tagged and await self._tags_of(name, digest):
+            return
+        await self._door.ask("DELETE", f"/v2/{name}/manifests/{digest}", about=f"manifest {digest[:19]} of {name}",
+                             ok=(200, 202, 404) if not unless_tagged else (200, 202, 400, 403, 404, 405), repo=name)
+
+    async def _digest(self, name: str, tag: str) -> str | None:
+        found = await self._door.ask("HEAD", f"/v2/{name}/manifests/{tag}", about=f"tag {tag} of {name}", ok=(200, 404),
+                                     repo=name, headers={"Accept": MANIFESTS})
+        if found.status == 404:
+            return None
+        told = found.headers.get("Docker-Content-Digest", "")
+        if told:
+            return told
+        body = await self._door.ask("GET", f"/v2/{name}/manifests/{tag}", about=f"tag {tag} of {name}", repo=name,
+                                    headers={"Accept": MANIFESTS})
+        return f"sha256:{hashlib.sha256(body.body).hexdigest()}"
+
+    async def _tags_of(self, name: str, digest: str, but: str = "") -> list[str]:
+        """The tags, other than ``but``, that have this manifest."""
+        limit = asyncio.Semaphore(SIDE_BY_SIDE)
+
+        async def one(tag: str) -> bool:
+            async with limit:
+                return await self._digest(name, tag) == digest
+
+        tags = [tag for tag in await self._tags(name) if tag != but]
+        found = await asyncio.gather(*(one(tag) for tag in tags))
+        return [tag for tag, same in zip(tags, found, strict=True) if same]
+
+    async def _tags(self, name: str) -> list[str]:
+        tags: list[str] = []
+        while True:
+            after = f"&last={tags[-1]}" if tags else ""
+            page = await self._door.ask("GET", f"/v2/{name}/tags/list?n={TAGS_A_PAGE}{after}", ok=(200, 404),
+                                        about=f"tags of {name}", repo=name)
+            found = (json.loads(page.body) if page.status == 200 else {}).get("tags") or []
+            fresh = [tag for tag in found if tag not in set(tags)]
+            tags += fresh
+            if len(found) < TAGS_A_PAGE or not fresh:
+                return tags
+
+    async def _all_there(self, name: str, needs: list[dict[str, Any]]) -> None:
+        limit = asyncio.Semaphore(SIDE_BY_SIDE)
+
+        async def one(part: dict[str, Any]) -> None:
+            async with limit:
+                size = await self._size(name, part["digest"], "manifests" if is_manifest(part) else "blobs")
+            if size is None or size not in (part["size"], -1):
+                raise Invalid(f"the manifest needs blob {part['digest']} of {part['size']} bytes; put it first",
+                              code="blob-missing")
+
+        for outcome in await asyncio.gather(*(one(part) for part in needs), return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    def _name(self, repo: str) -> str:
+        return repo_of(f"{self._prefix}{repo_of(repo)}")
+
+    async def _json(self, repo: str, path: str) -> dict[str, object] | None:
+        try:
+            found = await self._door.ask("GET", path, about="images", repo=repo, headers={"Accept": OCI_MANIFEST},
+                                         tries=1)
+            body = json.loads(found.body)
+        except (ModelyardError, ValueError):
+            return None
+        return body if isinstance(body, dict) else None
+
+
+async def _once(data: bytes) -> AsyncIterator[bytes]:
+    yield data
