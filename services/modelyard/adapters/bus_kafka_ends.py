@@ -22,16 +22,18 @@ async def abandon(producer: Any) -> None:
     ever when the broker is away; so its parts are ended one by one.)"""
     producer._message_accumulator.fail_all(errors.KafkaTimeoutError("given up"))
     sending = producer._sender.sender_task
-    with contextlib.suppress(*FAILURES, asyncio.CancelledError):
-        async with asyncio.timeout(END_S):
-            if sending is not None:
+    if sending is not None:
+        sending.remove_done_callback(producer._sender._fail_all)  # all has failed, and without transactions it breaks
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_S):
                 sending.cancel()
                 for connection in list(producer.client._conns.values()):
                     connection.close()
                 await asyncio.wait({sending})
-    while sending is not None and not sending.done():
-        sending.cancel()
-        await asyncio.wait({sending}, timeout=0.1)
+        while not sending.done():
+            sending.cancel()
+            await asyncio.wait({sending}, timeout=0.1)
+        await asyncio.gather(sending, return_exceptions=True)
     with contextlib.suppress(*FAILURES):
         await producer.stop()
 

@@ -12,6 +12,7 @@ from typing import Any
 from aiokafka import errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.protocol.metadata import MetadataRequest
 
 from ..core.errors import Invalid
 from .bus_kafka_link import CONNECT_S, FAILURES, Attempt, Link
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 RECORD_BYTES = 8 * 1024 * 1024
 READY_S = 10.0
 BROKERS_CHOICE = -1
-_NO_TOPIC = (errors.UnknownTopicOrPartitionError.errno, errors.LeaderNotAvailableError.errno)
+NO_TOPIC = (errors.UnknownTopicOrPartitionError.errno, errors.LeaderNotAvailableError.errno)
 
 
 @dataclass
@@ -39,11 +40,11 @@ class Topics:
         if all(name in self._right for name in plain):
             return
         async with self._attempt.alone():
-            names = {self.link.name(p): p for p in plain if p not in self._right}
-            if names:
+            missing = [name for name in plain if name not in self._right]
+            if missing:
                 async with self.admin("declaring topics") as admin:
-                    await self._make(admin, names)
-                self._right |= set(names.values())
+                    await self._make(admin, [self.link.name(name) for name in missing])
+                self._right.update(missing)
 
     def forget(self) -> None:
         """Something is not as it was: everything is looked at again when it is next used."""
@@ -55,46 +56,35 @@ class Topics:
             there = await self._described(admin, [self.link.name(p) for p in plain])
             self._verify(there, await self._configured(admin, list(there)))
 
-    async def _make(self, admin: AIOKafkaAdminClient, names: dict[str, str]) -> None:
+    async def _make(self, admin: AIOKafkaAdminClient, names: Sequence[str]) -> None:
+        """What is there is looked at before anything is made: a wrong setting must not leave wrong topics behind."""
+        there = await self._described(admin, names)
+        self._verify(there, await self._configured(admin, list(there)))
+        missing = [name for name in names if name not in there]
+        if not missing:
+            return
         wanted = [NewTopic(name, self.partitions, max(self.replication, 1), topic_configs=self._configs)
-                  for name in names]
+                  for name in missing]
         for topic in wanted:  # the class refuses -1, brokers have taken it for long
             topic.replication_factor = self.replication or BROKERS_CHOICE
         answer = await admin.create_topics(wanted, timeout_ms=int(READY_S * 1000))
-        found, refused = [], {}
         for name, code, message in answer.topic_errors:
             error = errors.for_code(code)
-            if error in (errors.TopicAlreadyExistsError, errors.TopicAuthorizationFailedError,
-                         errors.ClusterAuthorizationFailedError):
-                found.append(name)
-                refused[name] = error(message or name)
-            elif error is not errors.NoError:
+            if error not in (errors.NoError, errors.TopicAlreadyExistsError):
                 raise error(f"{name}: {message}")
-        there = await self._settled(admin, list(names), refused)
-        self._verify(there, await self._configured(admin, found))
-
-    async def _settled(self, admin: AIOKafkaAdminClient, names: list[str],
-                       refused: dict[str, errors.KafkaError]) -> dict[str, int]:
-        """Partition counts, once every topic is there and has its leaders."""
         async with asyncio.timeout(READY_S):
-            while True:
-                there = await self._described(admin, names)
-                missing = [name for name in names if name not in there]
-                for name in missing:
-                    if isinstance(refused.get(name), errors.BrokerResponseError) and \
-                            not isinstance(refused[name], errors.TopicAlreadyExistsError):
-                        raise refused[name]
-                if not missing:
-                    return there
+            while len(made := await self._described(admin, missing)) < len(missing):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
+        self._verify(made, {})
 
-    async def _described(self, admin: AIOKafkaAdminClient, names: list[str]) -> dict[str, int]:
-        """Partition counts of those that are there with all their leaders."""
+    async def _described(self, admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, int]:
+        """Partition counts of those that are there with all their leaders. (Asking by ``describe_topics`` would make
+        topics on a cluster that makes them by itself.)"""
         there: dict[str, int] = {}
-        for topic in await admin.describe_topics(names):
-            error = errors.for_code(topic["error_code"])
-            if topic["error_code"] not in (0, *_NO_TOPIC):
-                raise error(topic["topic"])
+        answer = await admin._send_request(MetadataRequest(list(names), allow_auto_topic_creation=False))
+        for topic in answer.to_object()["topics"]:
+            if topic["error_code"] not in (0, *NO_TOPIC):
+                raise errors.for_code(topic["error_code"])(topic["topic"])
             if topic["error_code"] == 0 and all(p["leader"] >= 0 for p in topic["partitions"]):
                 there[topic["topic"]] = len(topic["partitions"])
         return there
