@@ -89,8 +89,10 @@ class Docker(Server):
 
     def _prepare(self) -> None:
         self.short.mkdir(mode=0o755, exist_ok=True)
-        # an engine that was killed leaves its pid behind, and that number may be another program's by now
-        (self.short / "docker.pid").unlink(missing_ok=True)
+        # killed ones leave their pids behind; such a number may be another program's by now, or that of a process
+        # which is dead and was not collected: either would be taken for one that runs
+        for pid in ("docker.pid", "exec/containerd/containerd.pid"):
+            (self.short / pid).unlink(missing_ok=True)
         first, _ = self._network()
         run("sh", "-c", f"ip link show {self.bridge} >/dev/null 2>&1 || ip link add name {self.bridge} type bridge")
         run("sh", "-c", f"ip addr replace {first} dev {self.bridge} && ip link set {self.bridge} up")
@@ -126,7 +128,7 @@ class Docker(Server):
     def _unmount(self) -> None:
         ours = (f"{self.data}/", f"{self.short}/")
         mounts = [line.split()[1].replace("\\040", " ") for line in Path("/proc/mounts").read_text().splitlines()]
-        for place in reversed([m for m in mounts if m.startswith(ours)]):
+        for place in reversed([m for m in mounts if f"{m}/".startswith(ours)]):
             subprocess.run(["umount", "--lazy", place], check=False, capture_output=True)
 
 

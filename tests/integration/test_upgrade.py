@@ -69,12 +69,13 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
 
 
 @asynccontextmanager
-async def called(seen: Observed) -> AsyncIterator[dict[str, Any]]:
-    """Clients of every kind call meanwhile; at the end the dict is what they saw."""
+async def called(seen: Observed, rest_s: float = 0.01) -> AsyncIterator[dict[str, Any]]:
+    """Clients of every kind call meanwhile, each resting so long between two calls; at the end the dict is what they
+    saw."""
     told: dict[str, Any] = {}
     load = await asyncio.create_subprocess_exec(
         sys.executable, str(Path(__file__).with_name("load.py")), seen.endpoints["grpc"], seen.endpoints["rest"],
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
+        str(rest_s), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
     try:
         await asyncio.sleep(1)
         yield told

@@ -129,6 +129,13 @@ def delete(run: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def digests_in_use(runs: Path) -> set[str]:
+    """Of the images that are wanted, or serve while the wanted one is on its way or was given up."""
+    bodies = [body for run in runs.glob("*/*")
+              for body in (read_json(run / "desired.json"), (read_json(run / "state.json") or {}).get("good"))]
+    return {body["template"]["digest"] for body in bodies if body}
+
+
 def roots_in_use(runs: Path) -> set[Path]:
     used: set[Path] = set()
     for run in runs.glob("*/*"):

@@ -109,7 +109,8 @@ class Supervisor:
             number = old.name.partition("-")[0]
             if number.isdigit() and int(number) <= self._roll - KEEP_LOGS:
                 old.unlink(missing_ok=True)
-        return Roll(want, self._roll, lambda w, roll, n: Replica(
+        kind = _kind(want)
+        return Roll(want, self._roll, lambda w, roll, n: kind(
             w, roll, n, self._sockets, self._changed, self.environ))
 
     def _step(self) -> None:
@@ -175,3 +176,12 @@ class Supervisor:
             with contextlib.suppress(OSError):  # a full disk: what runs goes on, and the next step tries again
                 write_json("state.json", state)
                 self._saved = state
+
+
+def _kind(want: Desired) -> type[Replica]:
+    """What a replica is here. Containers need a driver, so they are imported only where they are used."""
+    if not want.template.get("engine"):
+        return Replica
+    from .contained import ContainerReplica
+
+    return ContainerReplica

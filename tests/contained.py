@@ -1,0 +1,92 @@
+"""Images that a container engine can run: Debian, the scoring server with what it needs, and a scoring file."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata as metadata
+import io
+import json
+import re
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from infra.stack import debian
+from modelyard.ports.images import ImageStore
+from tests import handmade
+
+NEEDS = handmade.SERVICES / "modelyard/scoring/requirements.txt"
+LEFT_OUT = re.compile(r"/tests?/|\.pyi$|^modelyard/(cli|registry|deployer|image_builder|telemetry)/|^\.\./")
+
+
+def distributions(names: list[str]) -> dict[str, metadata.Distribution]:
+    """These and all that they need, as this Python has them."""
+    found: dict[str, metadata.Distribution] = {}
+    while names:
+        name = re.split(r"[^A-Za-z0-9_.-]", names.pop())[0].lower().replace("_", "-")
+        if name not in found:
+            found[name] = metadata.distribution(name)
+            names += [need for need in found[name].requires or () if not re.search(r"extra ==|python_version <", need)]
+    return found
+
+
+@functools.cache
+def environment() -> bytes:
+    """The layer of dependencies and of our own package, with what Python compiled of them."""
+    python = f"opt/env/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    files: dict[str, Path] = {}
+    for one in distributions(NEEDS.read_text().split()).values():
+        files |= {f"{python}/{path}": Path(str(path.locate())) for path in one.files or ()
+                  if not LEFT_OUT.search(str(path))}
+    ours = handmade.SERVICES / "modelyard"
+    files |= {f"opt/modelyard/lib/modelyard/{path.relative_to(ours)}": path for path in ours.rglob("*")
+              if "__pycache__" not in path.parts and not LEFT_OUT.search(f"modelyard/{path.relative_to(ours)}")}
+    files["opt/modelyard/launch.py"] = ours / "scoring/launch.py"
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, path in sorted(files.items()):
+            if path.is_file():
+                member = tarfile.TarInfo(name)
+                about = path.stat()
+                member.size, member.mtime = about.st_size, int(about.st_mtime)
+                member.mode = 0o755 if about.st_mode & 0o100 else 0o644
+                with path.open("rb") as file:
+                    archive.addfile(member, file)
+    return out.getvalue()
+
+
+@functools.cache
+def base() -> tuple[bytes, dict[str, Any], dict[str, Any]]:
+    """(layer, its descriptor, the image's config)"""
+    blobs = debian.base() / "blobs"
+
+    def blob(digest: str) -> bytes:
+        return (blobs / digest.replace(":", "/")).read_bytes()
+
+    index = json.loads((debian.base() / "index.json").read_bytes())
+    manifest = json.loads(blob(index["manifests"][0]["digest"]))
+    assert len(manifest["layers"]) == 1
+    return blob(manifest["layers"][0]["digest"]), manifest["layers"][0], json.loads(blob(manifest["config"]["digest"]))
+
+
+async def image(images: ImageStore, repo: str, tag: str, score: str = handmade.ECHO) -> str:
+    """An image that answers with ``score``; the digest of its manifest."""
+    first, descriptor, about = base()
+    await images.put_blob(repo, descriptor["digest"], handmade.chunks(first))
+
+    async def blob(data: bytes, kind: str) -> dict[str, Any]:
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        await images.put_blob(repo, digest, handmade.chunks(data))
+        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": digest, "size": len(data)}
+
+    layers = [await blob(data, "layer.v1.tar") for data in (environment(), handmade.tar(handmade.scorer(score)))]
+    settings = {"User": "10001", "Entrypoint": ["python3", "-I", "-S", "/opt/modelyard/launch.py"], "Cmd": ["serve"],
+                "Env": [*about["config"]["Env"], f"FROM_IMAGE={tag}"]}
+    diff_ids = [*about["rootfs"]["diff_ids"], *(layer["digest"] for layer in layers)]
+    config = {"architecture": about["architecture"], "os": about["os"], "config": settings,
+              "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+    manifest = {"schemaVersion": 2, "mediaType": handmade.MANIFEST, "layers": [descriptor, *layers],
+                "config": await blob(json.dumps(config).encode(), "config.v1+json")}
+    return await images.put_manifest(repo, tag, json.dumps(manifest).encode(), handmade.MANIFEST)
