@@ -139,6 +139,19 @@ async def test_a_file_that_cannot_be_read_stops_no_other(store: Store) -> None:
     assert store.shipped() == [f"{REPLICA}-00000002.seg"]
 
 
+async def test_a_link_ships_nothing_of_what_it_leads_to(store: Store, tmp_path: Path) -> None:
+    """Scoring code may have fewer rights than the shipper: it must not read other files by way of it."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"not yours")
+    (store.spool / f"{REPLICA}-00000001.seg").symlink_to(secret)
+    (store.spool / f"{REPLICA}-00000002.live").symlink_to(secret)
+    os.mkfifo(store.spool / f"{REPLICA}-00000003.seg")
+    store.segment(4)
+    async with asyncio.timeout(5):
+        assert not await Shipper(store.spool, await store.lend(), open_grant).once()
+    assert store.shipped() == [f"{REPLICA}-00000004.seg"] and secret.read_bytes() == b"not yours"
+
+
 def command(store: Store, url: str, *more: str) -> list[str]:
     return [sys.executable, "-m", "modelyard.scoring", "ship", "--spool", str(store.spool), "--grant", url, *more]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..core.errors import ModelyardError
-from .spool import GRANT, adopt_dead, closed_segments
+from .spool import GRANT, adopt_dead, closed_segments, read_segment
 
 log = logging.getLogger("modelyard.shipper")
 LOOK_S = 0.2
@@ -69,7 +69,7 @@ class Shipper:
         unread = 0
         for path in await asyncio.to_thread(closed_segments, self.spool):
             try:
-                data = await asyncio.to_thread(path.read_bytes)
+                data = await asyncio.to_thread(read_segment, path)
             except OSError as exc:  # this one file: the others go on
                 unread += 1
                 self._say(f"cannot read {path.name}: {exc}")

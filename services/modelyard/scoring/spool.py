@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..core.layout import segment_name
 from ..core.segments import START, new_mark, pack_json
 
 GRANT = "grant"
+PLAIN = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 PIECES = 1000
 """Below the kernel's IOV_MAX of 1024: more pieces than this are joined before they are written."""
 
@@ -94,6 +96,16 @@ def closed_segments(spool: Path) -> list[Path]:
     return []
 
 
+def read_segment(path: Path) -> bytes:
+    """Its bytes. OSError for what is no plain file: a writer may have fewer rights than who ships for it, and a link
+    would lend it theirs."""
+    fd = os.open(path, PLAIN)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it is not a plain file")
+        return file.read()
+
+
 def adopt_dead(spool: Path, older_than: float) -> int:
     """Closes the segments whose writer is dead, and removes ``.new`` leftovers last touched before
     ``older_than`` (epoch seconds). Returns how many segments were closed."""
@@ -111,7 +123,7 @@ def adopt_dead(spool: Path, older_than: float) -> int:
 def _adopt(path: Path) -> bool:
     """Renames one live file when its lock is free. A writer that closes it at this moment renames it first:
     then the path is gone and there is nothing to do."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, PLAIN)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(path, path.with_suffix(".seg"))
