@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition, errors
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
@@ -86,7 +85,7 @@ class Member(AsyncIterator[Delivery]):
             if isinstance(exc, FAILURES):
                 raise await how.link.why(exc, f"the group {how.group} cannot be joined") from exc
             raise
-        for work in (self._fetch(), self._commit(), self._watch()):
+        for work in (self._fetch, self._commit, self._watch):
             self._tasks.append(asyncio.create_task(self._told(work), name=f"kafka member of {how.group}"))
 
     async def leave(self) -> None:
@@ -114,10 +113,10 @@ class Member(AsyncIterator[Delivery]):
                 lane.hand(offset)
                 return delivery
 
-    async def _told(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _told(self, work: Callable[[], Awaitable[None]]) -> None:
         """Whoever iterates gets what ends this work; silence would look like no events."""
         try:
-            await work
+            await work()
         except FAILURES as exc:
             self._queue.put_nowait(self._how.link.ours(exc, f"the group {self._how.group} gets no events"))
         except Exception as exc:  # noqa: BLE001 - told, not swallowed
