@@ -133,7 +133,7 @@ async def _open(stack: AsyncExitStack, settings: Settings, wanted: Sequence[Serv
         wakes[service.name] = Wakes()
         hosted.append(Hosted(service, Context(
             service=service.name, store=store, blobs=blobs, images=images, grants=grants, targets=targets,
-            peers=peers, data=settings.data, wake=wakes[service.name].wake)))
+            peers=peers, data=settings.data, wake=wakes[service.name].wake, open_images=urls.open_images)))
     return Parts(bus, targets, hosted, wakes)
 
 

@@ -93,7 +93,7 @@ class LayoutImages(ImageStore):
 
     async def get_manifest(self, repo: str, reference: str) -> tuple[bytes, str] | None:
         """By tag or by digest; a digest counts only while the index lists it, or a list in it does. In a layout that
-        another tool wrote a tag stands there without a repository: any fits."""
+        another tool wrote a tag stands there without a repository: any fits, and none is ``latest``."""
         return await in_thread(self._get_manifest, repo_of(repo), reference)
 
     async def remove(self, repo: str, tag: str) -> None:
@@ -209,6 +209,8 @@ class LayoutImages(ImageStore):
     def _get_manifest(self, repo: str, reference: str) -> tuple[bytes, str] | None:
         by_digest = reference.startswith("sha256:")
         wanted = {f"sha256:{hex_of(reference)}"} if by_digest else {_name(repo, reference), reference}
+        if reference == "latest":
+            wanted.add("")
         for entry in self._entries(by_digest):
             if (entry["digest"] if by_digest else _ref(entry)) in wanted:
                 with suppress(FileNotFoundError):

@@ -23,6 +23,8 @@ from .targets_supervised import SupervisedTarget
 class ProcessTarget(SupervisedTarget):
     """One data folder's deployments on this machine, under ``<data>/run``, their images unpacked beside it."""
 
+    needs_base = False
+
     def __init__(self, name: str, images: ImageStore, data: Path, ends: bool = False,
                  shared: SharedLayers | None = None) -> None:
         super().__init__(name, data.absolute() / "run", ends)

@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -34,7 +35,10 @@ LARGEST = 64 << 30
 MOST_FILES = 1_000_000
 CHUNK = 1 << 20
 WITHIN = "opt"
-"""Only what an image keeps under ``/opt`` runs here; an operating system in layers below it is not needed."""
+"""Only what an image keeps under ``/opt`` runs here."""
+LAYER, OF_BASE = "io.modelyard.layer", "base: "
+"""How the image builder marks the layers of a base. Here this machine takes the base's place: they are not fetched."""
+OWN_ENV = "io.modelyard.env"
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Roots:
         """The root of this image, made when it is not there. NotFound, Invalid for an image that cannot run here."""
         manifest = await self._json(repo, digest)
         config = await self._blob(repo, manifest["config"]["digest"])
-        layers = [layer["digest"] for layer in manifest["layers"]]
+        layers = [layer["digest"] for layer in manifest["layers"] if not _of_base(layer)]
         root = self.path(digest)
         for _ in range(3):
             for layer in layers:
@@ -236,14 +240,31 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> Non
     os.utime(path, (member.mtime, member.mtime))
 
 
+def _of_base(layer: dict[str, Any]) -> bool:
+    return str((layer.get("annotations") or {}).get(LAYER, "")).startswith(OF_BASE)
+
+
+def _own_env(config: dict[str, Any]) -> dict[str, str]:
+    """What the image sets itself. Its base's environment is for the base's programs."""
+    marked = (config.get("Labels") or {}).get(OWN_ENV)
+    if marked is not None:
+        return {str(name): str(value) for name, value in json.loads(marked).items()}
+    env = dict(pair.partition("=")[::2] for pair in config.get("Env") or () if "=" in pair)
+    env.pop("PATH", None)
+    return env
+
+
 def _described(root: Path, repo: str, config: dict[str, Any]) -> Root:
     if not (root / "opt/modelyard/launch.py").is_file():
         raise Invalid(f"the image {repo} holds no scoring server (/opt/modelyard/launch.py)")
-    env = dict(pair.partition("=")[::2] for pair in config.get("config", {}).get("Env") or () if "=" in pair)
-    env.pop("PATH", None)
+    env = _own_env(config.get("config") or {})
     try:
         image = json.loads((root / "opt/modelyard/image.json").read_bytes())
     except (OSError, ValueError) as exc:
         raise Invalid(f"the image {repo} does not say what it holds (/opt/modelyard/image.json): {exc}") from exc
+    own = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if image.get("python", own) != own:
+        raise Invalid(f"the image {repo} is for Python {image['python']}, which its base has; the local target runs it "
+                      f"on its own, {own}: deploy it to a container target, or build it with python {own}")
     return Root(root, env, bool(image.get("score")), tuple(m["name"] for m in image.get("models", ())))
 

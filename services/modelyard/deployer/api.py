@@ -190,12 +190,22 @@ async def _image(ctx: Context, doc: Deployment, reference: str) -> Found:
     if reference == doc.image:
         phase = "ready" if doc.image_digest else "unknown"
         return Found(id=doc.image, name=doc.image_name, phase=phase, digest=doc.image_digest, models=doc.models)
-    return await resolve(ctx, reference, doc.workspace)
+    return _runnable(ctx, doc.target, await resolve(ctx, reference, doc.workspace))
+
+
+def _runnable(ctx: Context, target: str, image: Found) -> Found:
+    """The image, when the target can run it. Invalid for one without an operating system where one is needed."""
+    place = ctx.targets.get(target)
+    if place is not None and place.needs_base and image.base is None:
+        message = (f"{image.id} has no base, and '{target}' runs containers, which need one: build it with base "
+                   "(--base HOST/REPOSITORY:TAG), or deploy it to local")
+        raise Invalid(message, code="needs-base", errors=[{"field": "image", "message": message}])
+    return image
 
 
 async def _create(ctx: Context, call: Call, spec: DeploymentSpec, values: Mapping[str, Any],
                   before: Deployment | None) -> web.Response:
-    image = await resolve(ctx, values["image"], call.workspace)
+    image = _runnable(ctx, spec.target, await resolve(ctx, values["image"], call.workspace))
     doc, facts = model.requested({**values, "image": image.id}, spec.name, image, workspace=call.workspace,
                                  now=ctx.now(), made_by=call.idempotency_key, before=before)
     try:

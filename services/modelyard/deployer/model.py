@@ -46,6 +46,7 @@ class Found(BaseModel):
     phase: str
     digest: str | None = None
     models: list[str] = Field(default_factory=list)
+    base: str | None = None
     reason: str | None = None
 
 

@@ -20,6 +20,7 @@ from ..core.layout import image_key
 from ..kernel.cache import Cache
 from ..kernel.service import Context
 from . import parts, sources, store, uv
+from .bases import Base
 from .checks import requirement
 from .config import MANIFEST, about, digest_of, manifest, oci_config
 from .environment import Environments, told
@@ -27,6 +28,7 @@ from .locks import EMPTY, Lock, read_lock
 from .log import BuildLog
 from .memo import Memo, key
 from .model import Image
+from .pull import Pull
 from .sbom import sbom
 from .tarring import Layer
 
@@ -42,6 +44,7 @@ class Result:
     digest: str
     size: int
     lock_digest: str
+    python: str
 
 
 class Scratch:
@@ -50,11 +53,13 @@ class Scratch:
     def __init__(self, make: Callable[[], Path]) -> None:
         self._make = make
         self._path: Path | None = None
+        self._turn = asyncio.Lock()
 
     async def folder(self) -> Path:
-        if self._path is None:
-            self._path = await asyncio.to_thread(self._make)
-        return self._path
+        async with self._turn:  # two at once would get two, and making one takes others of this build away
+            if self._path is None:
+                self._path = await asyncio.to_thread(self._make)
+            return self._path
 
     async def clear(self) -> None:
         """Takes it away."""
@@ -74,22 +79,23 @@ class Build:
         self.server: Sequence[str] = ()
         self.packages: list[dict[str, str]] = []
         self.layers: list[Layer] = []
+        self.base: Base | None = None
+        self.uploads = asyncio.Semaphore(store.UPLOADS)
         self.score: sources.Source = b""
         self.models: list[sources.Source | Layer] = []
 
     async def run(self) -> Result:
         """The whole of it."""
         doc = self.doc
-        self.log.note(f"building {doc.id} for {doc.platform}, Python {doc.python}; "
+        self.log.note(f"building {doc.id} for {doc.platform}, {f'Python {doc.python}' if doc.python else 'on a base'}; "
                       f"models: {', '.join(doc.models) or 'none'}")
         self.server = await asyncio.to_thread(server_requirements)
+        if doc.base is not None:
+            await self.stand_on(doc.base)
         lock = await self.locked(await self.fetch())
         await self.environment(lock)
-        for made in await self.work(self.pieces):
-            if isinstance(made, Layer):
-                self.layers.append(made)
-            else:
-                await self.add(made)
+        pieces = await self.work(self.pieces)
+        self.layers += await store.together([self.added(made) for made in pieces])
         for place, layer in zip(self.places, self.model_layers(), strict=True):
             if layer.size > sources.BATCH:
                 await self.memo.put(self._model_key(place), store.pack([layer]))
@@ -98,6 +104,12 @@ class Build:
     def model_layers(self) -> list[Layer]:
         """They stand before the last one."""
         return self.layers[len(self.layers) - 1 - len(self.places):-1]
+
+    async def stand_on(self, name: str) -> None:
+        """The base's layers come first, and its Python decides where the caller did not."""
+        self.base = await Pull(self.ctx, self.doc, self.log, self.memo, self.scratch.folder).base(name)
+        self.doc = self.doc.model_copy(update={"python": self.base.python})
+        self.layers += self.base.layers
 
     # -- inputs and their checks ----------------------------------------------------------------------------------
 
@@ -165,13 +177,13 @@ class Build:
     async def resolved(self) -> Lock:
         doc = self.doc
         wanted = sorted({*self.server, *self.needs, *(requirement(r)[0] for r in doc.requirements)})
-        name = key("resolved", wanted, doc.python, doc.platform, uv.index())
+        name = key("resolved", wanted, doc.python_version, doc.platform, uv.index())
         for found in (await self.memo.get(name), await self.memo.shared(name)):
             if found and 0 <= time.time() - found["at"] < RESOLVED_S:
                 await self.log.line("requirements: the same as of a build of the last 24 hours; its lock is used")
                 return read_lock(found["lock"])[0]
         await self.log.line(f"requirements: {', '.join(wanted)}")
-        lock = await uv.resolve(wanted, doc.python, doc.platform, await self.scratch.folder(), self.log)
+        lock = await uv.resolve(wanted, doc.python_version, doc.platform, await self.scratch.folder(), self.log)
         await self.memo.put(name, {"at": time.time(), "lock": lock.text}, shared=True)
         return lock
 
@@ -201,7 +213,8 @@ class Build:
             out.append(parts.score_layer(self.score))
         for place, source in zip(self.places, self.models, strict=True):
             out.append(source if isinstance(source, Layer) else parts.model_layer(place, source))
-        said = about(self.doc.python, bool(self.doc.score), [(p.model, p.path, p.framework or "") for p in self.places])
+        said = about(self.doc.python_version, bool(self.doc.score),
+                     [(p.model, p.path, p.framework or "") for p in self.places])
         return [*out, parts.about_layer(said)]
 
     def _model_key(self, place: parts.Place) -> str:
@@ -215,10 +228,14 @@ class Build:
         found = store.unpack(await self.memo.get(self._model_key(place)) or ())
         return found[0] if found and await store.there(self.ctx, self.doc, found) else None
 
-    async def add(self, made: parts.Made) -> None:
-        new = await store.put(self.ctx, self.doc, made)
+    async def added(self, made: parts.Made | Layer) -> Layer:
+        """In the store when it returns."""
+        if isinstance(made, Layer):
+            return made
+        async with self.uploads:
+            new = await store.put(self.ctx, self.doc, made)
         self.log.note(told(made.layer) + ("" if new else " (there already)"))
-        self.layers.append(made.layer)
+        return made.layer
 
     async def work(self, fn: Callable[[], T]) -> T:
         """In a thread; a hostile archive fails the build."""
@@ -230,8 +247,8 @@ class Build:
     async def publish(self, lock: Lock) -> Result:
         """Config, manifest, bill of materials."""
         doc, images = self.doc, self.ctx.images
-        config = oci_config(doc.platform, doc.env, self.layers)
-        body = manifest(config, self.layers)
+        config = oci_config(doc.platform, doc.env, self.layers, self.base)
+        body = manifest(config, self.layers, self.base)
         await images.put_blob(doc.repo, digest_of(config), store.chunks(config))
         try:
             digest = await images.put_manifest(doc.repo, doc.tag, body, MANIFEST)
@@ -240,7 +257,7 @@ class Build:
         bill = sbom(doc, digest, self.packages)
         await self.ctx.blobs.put(image_key(doc.workspace, doc.id, "sbom"), store.chunks(bill))
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
-        return Result(digest, size, digest_of(lock.text.encode()))
+        return Result(digest, size, digest_of(lock.text.encode()), doc.python_version)
 
 
 @functools.cache

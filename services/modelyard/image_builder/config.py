@@ -22,6 +22,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .bases import PATH, Base
 from .model import ModelInput
 from .tarring import Layer
 
@@ -31,6 +32,9 @@ EPOCH = "1970-01-01T00:00:00Z"
 USER = "10001"
 ENTRYPOINT = ("python3", "-I", "-S", "/opt/modelyard/launch.py")
 ENV = {"ORT_DISABLE_TELEMETRY": "1"}
+PORTS = ("8080/tcp", "8081/tcp")
+OWN_ENV = "io.modelyard.env"
+"""The label that holds an image's own environment, where ``Env`` holds its base's as well."""
 
 
 def encode(value: Any) -> bytes:
@@ -53,22 +57,40 @@ def about(python: str, score: bool, models: Sequence[tuple[ModelInput, str, str]
     })
 
 
-def oci_config(platform: str, env: Mapping[str, str], layers: Sequence[Layer]) -> bytes:
-    """The image config: runs as nobody in particular, starts the scoring server."""
+def oci_config(platform: str, env: Mapping[str, str], layers: Sequence[Layer], base: Base | None = None) -> bytes:
+    """The image config: runs as nobody in particular, starts the scoring server. ``layers`` are all, the base's
+    first."""
     system, _, machine = platform.partition("/")
+    own = {**ENV, **env}
+    config: dict[str, Any] = {"User": USER, "Env": own, "Entrypoint": list(ENTRYPOINT), "Cmd": ["serve"],
+                              "WorkingDir": "/opt/modelyard"}
+    if base is not None:
+        config |= {"Env": {"PATH": PATH, **dict(pair.partition("=")[::2] for pair in base.env), **own},
+                   "Entrypoint": [base.interpreter, *ENTRYPOINT[1:]], "ExposedPorts": {port: {} for port in PORTS},
+                   "Labels": {OWN_ENV: encode(own).decode()}}
+    config["Env"] = sorted(f"{k}={v}" for k, v in config["Env"].items())
     return encode({
-        "architecture": machine, "os": system, "created": EPOCH,
-        "config": {"User": USER, "Env": sorted(f"{k}={v}" for k, v in {**ENV, **env}.items()),
-                   "Entrypoint": list(ENTRYPOINT), "Cmd": ["serve"], "WorkingDir": "/opt/modelyard"},
+        "architecture": machine, "os": system, "created": EPOCH, "config": config,
         "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
-        "history": [{"created": EPOCH, "created_by": f"modelyard {layer.title}"} for layer in layers],
+        "history": _history(layers, base),
     })
 
 
-def manifest(config: bytes, layers: Sequence[Layer]) -> bytes:
+def _history(layers: Sequence[Layer], base: Base | None) -> list[Mapping[str, Any]]:
+    """One entry a layer; the base's own entries, where it tells of each of its layers."""
+    first: Sequence[Mapping[str, Any]] = base.history if base is not None else ()
+    told = sum(not entry.get("empty_layer") for entry in first)
+    ours = layers[len(base.layers) if base is not None and told == len(base.layers) else 0:]
+    return [*(first if len(ours) < len(layers) else ()),
+            *({"created": EPOCH, "created_by": f"modelyard {layer.title}"} for layer in ours)]
+
+
+def manifest(config: bytes, layers: Sequence[Layer], base: Base | None = None) -> bytes:
     """The OCI manifest of a config and its layers."""
+    marks = {"annotations": {"org.opencontainers.image.base.digest": base.digest,
+                             "org.opencontainers.image.base.name": base.name}} if base is not None else {}
     return encode({
-        "schemaVersion": 2, "mediaType": MANIFEST,
+        "schemaVersion": 2, "mediaType": MANIFEST, **marks,
         "config": {"mediaType": CONFIG, "digest": digest_of(config), "size": len(config)},
         "layers": [layer.descriptor for layer in layers],
     })

@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator
 from ..core.errors import Conflict, NotFound
 from ..core.layout import image_key
 from ..kernel.service import Context
-from .config import ENTRYPOINT
+from .bases import LAYOUT, TITLE
+from .config import ENTRYPOINT, USER
 from .locks import read_lock
 from .model import Image
 from .tarring import END, TAR_GZ, Entry, tar
@@ -30,7 +31,7 @@ async def context(ctx: Context, doc: Image) -> AsyncIterator[bytes]:
     for piece in tar(texts, end=b""):
         yield piece
     for layer in json.loads(found[0])["layers"]:
-        if not layer["annotations"]["io.modelyard.layer"].startswith("env: "):
+        if not layer["annotations"]["io.modelyard.layer"].startswith(("env: ", TITLE)):
             async for piece in _open_end(_plain(ctx, doc, layer)):
                 yield piece
     yield END
@@ -39,15 +40,24 @@ async def context(ctx: Context, doc: Image) -> AsyncIterator[bytes]:
 def containerfile(doc: Image, packages: bool) -> str:
     """What the image is, in the words of other builders."""
     lines = [f"# {doc.id} ({doc.digest}): an equivalent image; only Modelyard's own build gives the same digest",
-             f"FROM python:{doc.python}-slim"]
+             *_from(doc)]
     if packages:
         lines += ["COPY requirements.lock /tmp/requirements.lock",
                   "RUN pip install --no-cache-dir --no-deps --only-binary :all: --require-hashes "
-                  f"--target /{site_packages(doc.python)} -r /tmp/requirements.lock"]
+                  f"--target /{site_packages(doc.python_version)} -r /tmp/requirements.lock"]
     lines += ["COPY opt/ /opt/", *(f"ENV {name}={json.dumps(value)}" for name, value in sorted(doc.env.items())),
-              "ENV ORT_DISABLE_TELEMETRY=1", "USER 10001", f"ENTRYPOINT {json.dumps(list(ENTRYPOINT))}",
+              "ENV ORT_DISABLE_TELEMETRY=1", f"USER {USER}", f"ENTRYPOINT {json.dumps(list(ENTRYPOINT))}",
               'CMD ["serve"]']
     return "\n".join(lines) + "\n"
+
+
+def _from(doc: Image) -> list[str]:
+    """The base, as other builders write it; they know a layout by a name that they are given."""
+    if doc.base is None:
+        return [f"FROM python:{doc.python}-slim"]
+    if doc.base.startswith(LAYOUT):
+        return [f"# docker build --build-context base={doc.base} …", "FROM base"]
+    return [f"FROM {doc.base.removeprefix('oci://').partition('?')[0]}"]
 
 
 async def _plain(ctx: Context, doc: Image, layer: dict[str, object]) -> AsyncIterator[bytes]:

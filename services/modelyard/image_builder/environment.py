@@ -50,7 +50,7 @@ class Environments:
 
     async def of(self, lock: Lock, folder: Callable[[], Awaitable[Path]]) -> tuple[list[Layer], list[dict[str, str]]]:
         """Layers in the store, and the packages in them. ``folder`` makes one for temporary files."""
-        name = key("env", FORMAT, lock.digest, self.doc.python, self.doc.platform, LARGE, GZIP_LEVEL,
+        name = key("env", FORMAT, lock.digest, self.doc.python_version, self.doc.platform, LARGE, GZIP_LEVEL,
                    zlib.ZLIB_RUNTIME_VERSION)
         async with _BUSY.setdefault(name, asyncio.Lock()):
             found = await self.memo.get(name)
@@ -66,7 +66,7 @@ class Environments:
         found: dict[str, Any] | None = await self.memo.shared(name)
         if found is None:
             return None
-        limit = asyncio.Semaphore(2)
+        limit = asyncio.Semaphore(store.UPLOADS)
 
         async def one(layer: Layer) -> bool:
             async with limit:
@@ -91,21 +91,22 @@ class Environments:
 
     async def install(self, lock: Lock, folder: Path) -> dict[str, Any]:
         """uv unpacks the wheels, and they become layers."""
-        root = await uv.install(lock, self.doc.python, self.doc.platform, folder, self.log)
+        root = await uv.install(lock, self.doc.python_version, self.doc.platform, folder, self.log)
         try:
-            found = await asyncio.to_thread(distributions, root, self.doc.python)
+            found = await asyncio.to_thread(distributions, root, self.doc.python_version)
         except (KeyError, ValueError, csv.Error, FileNotFoundError) as exc:
             raise BuildFailed(f"a package is not installed as wheels are: {exc}") from exc
-        limit, groups = asyncio.Semaphore(2), grouped(found)
+        squeezed, sent, groups = asyncio.Semaphore(2), asyncio.Semaphore(store.UPLOADS), grouped(found)
 
         async def one(number: int, title: str, entries: list[Entry]) -> Layer:
-            async with limit:
-                out = folder / f"env-{number}.layer"
+            out = folder / f"env-{number}.layer"
+            async with squeezed:
                 made = await asyncio.to_thread(_layer, title, entries, out)
+            async with sent:
                 await store.put(self.ctx, self.doc, made)
-                await self.log.line(told(made.layer))
-                await asyncio.to_thread(self.keep, made.layer, out)
-                return made.layer
+            await self.log.line(told(made.layer))
+            await asyncio.to_thread(self.keep, made.layer, out)
+            return made.layer
 
         layers = await store.together([one(n, title, entries) for n, (title, entries) in enumerate(groups)])
         await asyncio.to_thread(self.cache.prune)

@@ -64,7 +64,8 @@ class Image(Document):
     score: str | None = None
     requirements: list[str] = Field(default_factory=list)
     lock: str | None = None
-    python: str
+    python: str | None = None
+    """The minor version; None until the base was looked into, where the caller left it to that."""
     platform: str
     base: str | None = None
     env: dict[str, str] = Field(default_factory=dict)
@@ -95,8 +96,13 @@ class Image(Document):
     def tag(self) -> str:
         return str(self.version)
 
+    @property
+    def python_version(self) -> str:
+        """The minor version, once it is known: a ready image has one, and a build once it has its base."""
+        return self.python or ""
 
-def requested(spec: ImageSpec, inputs: Sequence[ModelInput], *, workspace: str, version: int, python: str,
+
+def requested(spec: ImageSpec, inputs: Sequence[ModelInput], *, workspace: str, version: int, python: str | None,
               platform: str, now: datetime, made_by: str | None) -> Image:
     """A new image, due for the build loop at once."""
     fields: dict[str, Any] = spec.model_dump(exclude={"models", "python", "platform"})
@@ -123,12 +129,12 @@ def building(doc: Image, now: datetime) -> Step | None:
         doc, _condition("Built", "Unknown", "Building", "the log tells how far it is", now))), ()
 
 
-def built(doc: Image, now: datetime, *, digest: str, size: int, lock_digest: str) -> Step:
+def built(doc: Image, now: datetime, *, digest: str, size: int, lock_digest: str, python: str) -> Step:
     """The image is in the store."""
     if doc.deleting:
         return _again(doc, now)
     done = doc.evolve(
-        phase="ready", digest=digest, size=size, lock_digest=lock_digest, reason=None, updated=now,
+        phase="ready", digest=digest, size=size, lock_digest=lock_digest, python=python, reason=None, updated=now,
         observed_generation=doc.generation,
         conditions=_with(doc, _condition("Built", "True", "Built", f"{digest}, {size} bytes", now)))
     return done, (Fact("image.built"),)

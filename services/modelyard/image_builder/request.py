@@ -12,6 +12,7 @@ from ..core.errors import Invalid, ModelyardError
 from ..core.specs import ImageSpec
 from ..kernel.service import Context
 from . import sources
+from .bases import reference
 from .checks import flavour, requirement
 from .model import ModelInput
 
@@ -22,10 +23,10 @@ Wrong = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class Resolved:
-    """A request whose references were looked up: exact models, a Python and a platform."""
+    """A request whose references were looked up: exact models, a platform, and a Python unless its base decides."""
 
     models: list[ModelInput]
-    python: str
+    python: str | None
     platform: str
 
 
@@ -61,7 +62,8 @@ async def resolve(ctx: Context, spec: ImageSpec, workspace: str) -> Resolved:
             wrong(f"requirements.{number}", why)
     if spec.lock and spec.requirements:
         wrong("lock", "give requirements or a lock, not both: a lock is used as it is")
-    python, platform = spec.python or own_python(), spec.platform or own_platform()
+    platform = spec.platform or own_platform()
+    python = spec.python or (own_python() if spec.base is None else None)
     _base(spec, python, platform, wrong)
     if errors:
         raise Invalid("; ".join(f"{e['field']}: {e['message']}" for e in errors), errors=errors)
@@ -109,9 +111,12 @@ def _served(spec: ImageSpec, models: list[ModelInput | None], wrong: Wrong) -> N
             wrong(f"models.{number}", f"{model.id} {why}")
 
 
-def _base(spec: ImageSpec, python: str, platform: str, wrong: Wrong) -> None:
+def _base(spec: ImageSpec, python: str | None, platform: str, wrong: Wrong) -> None:
     if spec.base is not None:
-        wrong("base", "this image store cannot read base images; leave base away: the image runs on target local")
+        try:
+            reference(spec.base)
+        except Invalid as exc:
+            wrong("base", exc.message)
         return
     if python != own_python():
         wrong("python", f"an image without a base runs on the Python that runs Modelyard, {own_python()}, not on "

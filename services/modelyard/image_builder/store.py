@@ -14,6 +14,8 @@ from .parts import Made
 from .tarring import CHUNK, Layer
 
 T = TypeVar("T")
+UPLOADS = 4
+"""Blobs of one build on their way into the store at once."""
 
 
 class _Absent(Exception):

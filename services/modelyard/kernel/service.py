@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.documents import Document, Where
-from ..core.errors import AlreadyApplied, Conflict, NotFound
+from ..core.errors import AlreadyApplied, Conflict, Invalid, NotFound
 from ..core.events import Envelope, Fact, announce
 from ..ports.blobs import BlobStore, CaptureGrants
 from ..ports.images import ImageStore
@@ -28,6 +28,11 @@ Change = Callable[[D], tuple[D, Sequence[Fact]] | None]
 RETRIES = 50
 
 
+async def no_other_images(url: str) -> ImageStore:
+    """What a context without adapters says."""
+    raise Invalid(f"no other image store can be opened here, {url} neither")
+
+
 @dataclass(frozen=True)
 class Context:
     """What a service may touch. ``store`` holds this service's documents only; services never hold the bus."""
@@ -42,6 +47,8 @@ class Context:
     data: Path
     wake: Callable[[str], None] = lambda what: None
     """``wake("relay")``, ``wake("build")``: somebody has work for that loop, look now."""
+    open_images: Callable[[str], Awaitable[ImageStore]] = no_other_images
+    """Opens another image store than ``images`` by its URL, to read from; the caller closes it."""
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
     changes: Changes = field(default_factory=Changes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from . import Port
 
@@ -67,6 +67,10 @@ class Observed:
 
 class DeploymentTarget(Port):
     """Declarative: ``apply`` says what should run and returns soon; ``observe`` says what does."""
+
+    needs_base: ClassVar[bool] = True
+    """Whether an image must bring its operating system (its ``base``). Not where replicas are processes of a machine
+    that has one: there an image with a base runs as well, without it."""
 
     @abstractmethod
     async def apply(self, workload: Workload) -> Observed:

@@ -16,6 +16,7 @@ import pytest
 from aiohttp import web
 
 from modelyard import image_builder, registry
+from modelyard.adapters import urls
 from modelyard.adapters.blobs_dir import DirBlobs, DirGrants
 from modelyard.adapters.bus_sqlite import SqliteBus
 from modelyard.adapters.images_layout import LayoutImages
@@ -148,7 +149,7 @@ async def running(data: Path) -> AsyncIterator[Yard]:
         wakes = Wakes()
         ctx = Context(service=service.name, store=await SqliteStore.open(data / "yard.db", service.name), blobs=blobs,
                       images=images, grants=DirGrants(data / "blobs"), targets={}, peers=peers, data=data,
-                      wake=wakes.wake)
+                      wake=wakes.wake, open_images=urls.open_images)
         hosted.append(Hosted(service, ctx))
         work.append(run_service(ctx, service, bus, wakes))
     server = Server(build(hosted, [h.service for h in hosted], bus=bus, peers=peers, guard=Guard(service_token=TOKEN),

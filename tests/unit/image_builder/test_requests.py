@@ -50,9 +50,20 @@ async def test_flavours_without_a_scoring_file(yard: Yard, onnx: bytes) -> None:
     assert "score.py" in told["models.0"] and "trusted" in told["models.1"] and "already" in told["models.4"]
 
 
-async def test_a_base_and_another_platform_are_refused_by_this_store(yard: Yard) -> None:
+@pytest.mark.parametrize(("base", "told"), [
+    ("python:3.11-slim", "docker.io/library/python"), ("python", "HOST/REPOSITORY"), ("", "HOST/REPOSITORY"),
+    ("somebody:secret@docker.example/python:3.11", "docker login"), ("oci://a:b@docker.example/x", "docker login"),
+    ("oci-layout://relative/x", "oci-layout:///FOLDER"), ("oci-layout:///", "oci-layout:///FOLDER"),
+    ("oci-layout:///a/../b", "oci-layout:///FOLDER"), ("docker.example/Python:3.11", "HOST/REPOSITORY"),
+    ("docker.example/python:3.11?token=x", "HOST/REPOSITORY"), ("https://docker.example/python", "HOST/REPOSITORY"),
+])
+async def test_a_base_that_is_no_reference(yard: Yard, base: str, told: str) -> None:
+    found = await refused(yard, name="based", score=await yard.upload(SCORE), base=base)
+    assert list(found) == ["base"] and told in found["base"] and "secret" not in found["base"]
+
+
+async def test_a_lock_and_requirements_are_one_too_many(yard: Yard) -> None:
     score = await yard.upload(SCORE)
-    assert list(await refused(yard, name="based", score=score, base="docker.example/python:3.11")) == ["base"]
     both = await refused(yard, name="locked", score=score, lock=await yard.upload(b""), requirements=["numpy"])
     assert list(both) == ["lock"]
 

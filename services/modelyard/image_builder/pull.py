@@ -1,0 +1,205 @@
+"""A base image into our own image store: blob by blob, looked into on the way, nothing of it run."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+import json
+import posixpath
+import tarfile
+import zlib
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ..core.errors import BuildFailed, Denied, Invalid, NotFound
+from ..kernel.service import Context
+from ..ports.images import ImageStore
+from . import bases, store
+from .bases import Base, Files, Reference
+from .config import digest_of
+from .log import BuildLog
+from .memo import Memo, key
+from .model import Image
+from .tarring import CHUNK, TAR_GZ, Layer
+
+FORMAT = 1
+LARGEST_JSON = 8 << 20
+LARGEST_LAYER = 64 << 30
+MOST_TOLD = 100_000
+Folder = Callable[[], Awaitable[Path]]
+KEPT_HISTORY = ("created", "created_by", "comment", "empty_layer")
+
+
+@dataclass(frozen=True)
+class Pull:
+    """The base of one build. ``folder`` makes one for temporary files."""
+
+    ctx: Context
+    doc: Image
+    log: BuildLog
+    memo: Memo
+    folder: Folder
+
+    async def base(self, name: str) -> Base:
+        """The base, with its layers in the store. BuildFailed for what the owner must fix: it is not there, is for
+        another platform, has no Python that fits. Unavailable when its registry does not answer."""
+        place = bases.reference(name)
+        with owners(name):
+            source = await self.ctx.open_images(place.url)
+            try:
+                digest, manifest = await self._manifest(source, place, name)
+                known = await self._known(digest) or await self._bring(source, place, digest, manifest, name)
+            finally:
+                await source.close()
+        files, env = known["files"], known["env"]
+        for warning in bases.fits(files, name):
+            await self.log.line(f"warning: {warning}")
+        python, path = bases.interpreter(files, env, self.doc.python, name)
+        layers = store.unpack(known["layers"])
+        await self.log.line(f"base {name}: {digest[:19]}, {len(layers)} layers, "
+                            f"{sum(layer.size for layer in layers) / 1e6:.1f} MB, Python {python} at {path}")
+        return Base(name, digest, tuple(layers), tuple(env), tuple(known["history"]), python, path)
+
+    async def _manifest(self, source: ImageStore, place: Reference, name: str) -> tuple[str, dict[str, Any]]:
+        """Of the image for our platform."""
+        body, version = b"", place.version
+        for _ in range(3):  # a list, of lists at most
+            found = await source.get_manifest(place.repo, version)
+            if found is None:
+                raise BuildFailed(f"there is no base image {name} ({version}); check the name and the tag")
+            body = found[0]
+            parsed = _json(body, f"the manifest of {name}")
+            if "manifests" not in parsed:
+                if not isinstance(parsed.get("layers"), list) or not isinstance(parsed.get("config"), dict):
+                    raise BuildFailed(f"the base {name} is not an OCI image ({found[1]})")
+                return digest_of(body), parsed
+            version = bases.chosen(parsed["manifests"], self.doc.platform)
+        raise BuildFailed(f"the base {name} is a list of lists of images")
+
+    async def _known(self, digest: str) -> Any:
+        """What an earlier build found out, while the store has all the layers."""
+        found = await self.memo.get(key("base", FORMAT, digest))
+        return found if found and await store.there(self.ctx, self.doc, store.unpack(found["layers"])) else None
+
+    async def _bring(self, source: ImageStore, place: Reference, digest: str, manifest: dict[str, Any],
+                     name: str) -> dict[str, Any]:
+        config = await self._config(source, place, manifest, name)
+        limit = asyncio.Semaphore(store.UPLOADS)
+        diff_ids = config.get("rootfs", {}).get("diff_ids") or []
+        if len(diff_ids) != len(manifest["layers"]):
+            raise BuildFailed(f"the base {name} has {len(manifest['layers'])} layers and says {len(diff_ids)}")
+
+        async def one(number: int, descriptor: dict[str, Any], diff_id: str) -> tuple[Layer, Files]:
+            async with limit:
+                return await self._layer(source, place, number, descriptor, diff_id)
+
+        made = await store.together([
+            one(n, d, diff_id) for n, (d, diff_id) in enumerate(zip(manifest["layers"], diff_ids, strict=True))])
+        found = {
+            "layers": store.pack([layer for layer, _ in made]), "files": bases.together(files for _, files in made),
+            "env": [e for e in config.get("config", {}).get("Env") or () if isinstance(e, str) and "=" in e],
+            "history": [{k: h[k] for k in KEPT_HISTORY if k in h} for h in config.get("history") or ()]}
+        await self.memo.put(key("base", FORMAT, digest), found)
+        return found
+
+    async def _config(self, source: ImageStore, place: Reference, manifest: dict[str, Any], name: str) -> Any:
+        body = b""
+        async for chunk in source.get_blob(place.repo, str(manifest["config"].get("digest"))):
+            body += chunk
+            if len(body) > LARGEST_JSON:
+                raise BuildFailed(f"the config of {name} has more than {LARGEST_JSON} bytes")
+        config = _json(body, f"the config of {name}")
+        platform = f"{config.get('os')}/{config.get('architecture')}"
+        if platform != self.doc.platform:
+            raise BuildFailed(f"the base {name} is for {platform}, the image for {self.doc.platform}; give a base for "
+                              "it, or the image's platform")
+        return config
+
+    async def _layer(self, source: ImageStore, place: Reference, number: int, descriptor: dict[str, Any],
+                     diff_id: str) -> tuple[Layer, Files]:
+        digest, kind = str(descriptor.get("digest")), bases.MEDIA.get(str(descriptor.get("mediaType")))
+        if kind is None:
+            raise BuildFailed(f"the base's layer {digest[:19]} is of type {descriptor.get('mediaType')}; layers are "
+                              "taken that are tar or gzipped tar, which every container engine reads")
+        path = await self.folder() / f"base-{number}"
+        try:
+            with await asyncio.to_thread(path.open, "xb", buffering=0) as out:
+                async for chunk in source.get_blob(place.repo, digest):
+                    await asyncio.to_thread(out.write, chunk)
+            files, found = await asyncio.to_thread(look_into, path, kind)
+            if found != diff_id:
+                raise BuildFailed(f"the base's layer {digest[:19]} unpacks to {found[:19]}, its config says "
+                                  f"{diff_id[:19]}")
+            await self.ctx.images.put_blob(self.doc.repo, digest, store.chunks(path))
+            size = (await asyncio.to_thread(path.stat)).st_size
+        finally:
+            await asyncio.to_thread(path.unlink, True)
+        return Layer(f"{bases.TITLE}{digest[7:19]}", digest, diff_id, size, kind), files
+
+
+@contextmanager
+def owners(name: str) -> Iterator[None]:
+    """What a base's registry refuses is its owner's to fix."""
+    try:
+        yield
+    except (Denied, NotFound, Invalid) as exc:
+        raise BuildFailed(f"the base {name} cannot be had: {exc.message}") from exc
+
+
+def look_into(path: Path, kind: str) -> tuple[Files, str]:
+    """What of a layer decides something, and the digest of its tar. Blocking."""
+    there: dict[str, str] = {}
+    gone: list[str] = []
+    try:
+        with path.open("rb") as raw:
+            plain = _Watched(cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if kind == TAR_GZ else raw)
+            with tarfile.open(fileobj=plain, mode="r|") as archive:  # type: ignore[call-overload]
+                for member in archive:
+                    _note(member, there, gone)
+                    if len(there) + len(gone) > MOST_TOLD:
+                        raise BuildFailed("a layer of the base takes too many files away, or has too many Pythons")
+            while plain.read(CHUNK):
+                pass
+    except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile, ValueError) as exc:
+        raise BuildFailed(f"a layer of the base is not a tar archive: {exc}") from exc
+    return Files(there, gone), f"sha256:{plain.seen.hexdigest()}"
+
+
+def _note(member: tarfile.TarInfo, there: dict[str, str], gone: list[str]) -> None:
+    name = posixpath.normpath(member.name).lstrip("/")
+    folder, last = posixpath.split(name)
+    if last == ".wh..wh..opq":
+        gone.append(f"{folder}/" if folder else "")
+    elif last.startswith(".wh."):
+        gone.append(posixpath.join(folder, last.removeprefix(".wh.")))
+    elif bases.TOLD.search(name):
+        there[name] = member.linkname if member.issym() or member.islnk() else ""
+
+
+class _Watched:
+    """Reads on, and knows the digest of what went through; a layer that never ends does."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._source, self.seen, self._size = source, hashlib.sha256(), 0
+
+    def read(self, size: int) -> bytes:
+        data = self._source.read(size)
+        self.seen.update(data)
+        self._size += len(data)
+        if self._size > LARGEST_LAYER:
+            raise BuildFailed(f"a layer of the base unpacks to more than {LARGEST_LAYER} bytes")
+        return data
+
+
+def _json(body: bytes, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(body)
+    except ValueError as exc:
+        raise BuildFailed(f"{what} is not JSON: {exc}") from exc
+    if not isinstance(found, dict):
+        raise BuildFailed(f"{what} is not an object")
+    return found
