@@ -71,8 +71,8 @@ def base() -> tuple[bytes, dict[str, Any], dict[str, Any]]:
     return blob(manifest["layers"][0]["digest"]), manifest["layers"][0], json.loads(blob(manifest["config"]["digest"]))
 
 
-async def image(images: ImageStore, repo: str, tag: str, score: str = handmade.ECHO) -> str:
-    """An image that answers with ``score``; the digest of its manifest."""
+async def image(images: ImageStore, repo: str, tag: str, score: str = handmade.ECHO, system: bool = True) -> str:
+    """An image that answers with ``score``; the digest of its manifest. Without the ``system`` it holds no Python."""
     first, descriptor, about = base()
     await images.put_blob(repo, descriptor["digest"], handmade.chunks(first))
 
@@ -81,12 +81,13 @@ async def image(images: ImageStore, repo: str, tag: str, score: str = handmade.E
         await images.put_blob(repo, digest, handmade.chunks(data))
         return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": digest, "size": len(data)}
 
+    below = [descriptor] if system else []
     layers = [await blob(data, "layer.v1.tar") for data in (environment(), handmade.tar(handmade.scorer(score)))]
     settings = {"User": "10001", "Entrypoint": ["python3", "-I", "-S", "/opt/modelyard/launch.py"], "Cmd": ["serve"],
                 "Env": [*about["config"]["Env"], f"FROM_IMAGE={tag}"]}
-    diff_ids = [*about["rootfs"]["diff_ids"], *(layer["digest"] for layer in layers)]
+    diff_ids = [*about["rootfs"]["diff_ids"][:len(below)], *(layer["digest"] for layer in layers)]
     config = {"architecture": about["architecture"], "os": about["os"], "config": settings,
               "rootfs": {"type": "layers", "diff_ids": diff_ids}}
-    manifest = {"schemaVersion": 2, "mediaType": handmade.MANIFEST, "layers": [descriptor, *layers],
+    manifest = {"schemaVersion": 2, "mediaType": handmade.MANIFEST, "layers": [*below, *layers],
                 "config": await blob(json.dumps(config).encode(), "config.v1+json")}
     return await images.put_manifest(repo, tag, json.dumps(manifest).encode(), handmade.MANIFEST)

@@ -97,12 +97,13 @@ class SupervisedTarget(DeploymentTarget):
     async def remove(self, workspace: str, name: str) -> None:
         run = self._run(workspace, name)
         async with self._turn.setdefault(run, asyncio.Lock()):
-            if not await in_thread(run.is_dir):
-                return await self._sweep(workspace, name)
-            await self._stop(run)
+            here = await in_thread(run.is_dir)
+            if here:
+                await self._stop(run)
             await self._sweep(workspace, name)
-            await in_thread(runs.ship, run, name)
-            await in_thread(runs.delete, run)
+            if here:
+                await in_thread(runs.ship, run, name)
+                await in_thread(runs.delete, run)
         self._turn.pop(run, None)
         await self._collect()
 
