@@ -2,11 +2,14 @@
 
     kernel_worker.py produce URL COUNT SUBJECTS RATE     commits COUNT events over SUBJECTS documents, then idles
     kernel_worker.py consume URL                         counts them in documents of its own
+
+URL is the store's, and the bus's too unless MODELYARD_BUS names another.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import tempfile
 import time
@@ -73,7 +76,7 @@ CONSUMER = Service("telemetry", (Tally,), (), lambda ctx: (), dict.fromkeys(TOPI
 
 async def serve(url: str, service: Service, work: object = None) -> None:
     wakes = Wakes()
-    store, bus = await urls.open_store(url, service.name), await urls.open_bus(url)
+    store, bus = await urls.open_store(url, service.name), await urls.open_bus(os.environ.get("MODELYARD_BUS") or url)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         ctx = Context(service=service.name, store=store, blobs=DirBlobs(root), images=LayoutImages(root),
