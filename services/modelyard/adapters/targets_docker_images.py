@@ -52,11 +52,13 @@ class EngineImages:
         """Has the engine have this image. Invalid when the store has it not or it holds no scoring server."""
         async with self._turn.setdefault(digest, asyncio.Lock()):
             manifest = await self._manifest(repo, digest)
-            id_ = manifest["config"]["digest"]
+            id_, pulled = manifest["config"]["digest"], ""
             if await in_thread(self._engine.image, id_) is None:
-                await self._bring(repo, digest, manifest)
+                pulled = await self._bring(repo, digest, manifest)
                 self._placed.pop(digest, None)
             await in_thread(self._engine.tag, id_, self._repository, self.tag(digest))
+            if pulled:  # the name that it came by would keep it for ever
+                await in_thread(self._engine.untag, pulled)
             if digest not in self._placed:
                 self._placed[digest] = await self._describe(repo, id_)
             return self._placed[digest]
@@ -75,12 +77,15 @@ class EngineImages:
         body: dict[str, Any] = json.loads(found[0])
         return body
 
-    async def _bring(self, repo: str, digest: str, manifest: dict[str, Any]) -> None:
-        """From registry to engine without us, where the store is a registry that the engine reaches; else by us."""
+    async def _bring(self, repo: str, digest: str, manifest: dict[str, Any]) -> str:
+        """From registry to engine without us, where the store is a registry that the engine reaches; else by us. The
+        name that it was pulled by, if it was."""
         reference = getattr(self._images, "reference", None)
         if reference is not None:
             try:
-                return await in_thread(self._engine.pull, reference(repo, digest))
+                name: str = reference(repo, digest)
+                await in_thread(self._engine.pull, name)
+                return name
             except ModelyardError as exc:
                 log.info("the engine cannot pull %s itself, so it is sent: %s", digest, exc.message)
         config = b"".join([chunk async for chunk in self._images.get_blob(repo, manifest["config"]["digest"])])
@@ -92,6 +97,7 @@ class EngineImages:
             if not known:
                 raise
             await self._send(repo, manifest, config, 0)  # an image was taken away meanwhile, and layers with it
+        return ""
 
     def _known(self, wanted: Sequence[str]) -> int:
         """How many of the first layers the engine has already: they need not be sent."""
