@@ -33,12 +33,18 @@ def server(name: str) -> str | None:
     return status.url if status.state == "running" else None
 
 
+CORNERS: dict[str, set[str]] = {}
+"""Server → the words of this session's corners in it, for who clears them away."""
+
+
 def _own(name: str, make: Callable[[str, str], str]) -> Callable[[Path], str | None]:
     """A test's own corner of a server: ``make(url, word)``, the word another for every test's folder."""
 
     def url(folder: Path) -> str | None:
-        base = server(name)
-        return base and make(base, hashlib.sha256(str(folder).encode()).hexdigest()[:12])
+        base, word = server(name), hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+        if base:
+            CORNERS.setdefault(name, set()).add(word)
+        return base and make(base, word)
 
     return url
 

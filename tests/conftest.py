@@ -21,6 +21,7 @@ from modelyard.kernel.service import Context
 from modelyard.kernel.wakes import Wakes
 from modelyard.ports.bus import EventBus
 from modelyard.ports.store import DocumentStore
+from tests.corners import clear_kafka
 
 HERE = Path(__file__).parent
 GUARDED = (HERE / "unit", HERE / "contract")
@@ -94,3 +95,8 @@ def house(tmp_path: Path) -> OpenHouse:
             yield House(ctx, store, bus, wakes)
 
     return open_house
+
+
+def pytest_sessionfinish() -> None:
+    """What this session made in a shared server goes with it, as far as the server is still there."""
+    clear_kafka()

@@ -57,6 +57,7 @@ num.io.threads=4
 num.recovery.threads.per.data.dir=2
 log.cleaner.dedupe.buffer.size=16777216
 log.segment.bytes=67108864
+log.segment.delete.delay.ms=1000
 log.index.size.max.bytes=1048576
 """
 LOGGING = """status=error
