@@ -1,0 +1,117 @@
+"""Kafka with passwords, permissions and TLS: what the URL says is used, and what is refused is said in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.stack.kafka import Kafka
+from infra.stack.server import free_port, run
+from modelyard.adapters.urls import open_bus
+from modelyard.core.errors import Unavailable
+from modelyard.core.events import Envelope
+from tests.backends import need
+from tests.contract.bus_worker import event
+
+pytestmark = pytest.mark.slow
+MORE = """
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{control},\
+SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{tls}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port},SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{tls}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL
+sasl.enabled.mechanisms=PLAIN
+listener.name.sasl_plaintext.plain.sasl.jaas.config={login}
+listener.name.sasl_ssl.plain.sasl.jaas.config={login}
+ssl.keystore.location={store}
+ssl.keystore.password=changeit
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:ANONYMOUS;User:yard
+"""
+LOGIN = ('org.apache.kafka.common.security.plain.PlainLoginModule required '
+         'user_yard="p@ss" user_guest="guest";')
+
+
+class Guarded(Kafka):
+    """Two more listeners, with passwords: ``sasl`` in the open, ``tls`` encrypted. ``guest`` may do nothing."""
+
+    sasl = tls = 0
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self.sasl, self.tls = self.sasl or free_port(), self.tls or free_port()
+        store = self.folder / "key.p12"
+        if not store.exists():
+            about = ("-keystore", str(store), "-storepass", "changeit", "-alias", "kafka")
+            run("keytool", "-genkeypair", *about, "-storetype", "PKCS12", "-keyalg", "RSA", "-dname", "CN=localhost",
+                "-ext", "SAN=IP:127.0.0.1", "-ext", "BC=ca:true")
+            run("keytool", "-exportcert", "-rfc", *about, "-file", str(self.authority))
+        with self._properties.open("a") as properties:
+            properties.write(MORE.format(port=self.port, sasl=self.sasl, tls=self.tls, store=store, login=LOGIN,
+                                         control=(self.folder / "controller.port").read_text()))
+
+    @property
+    def authority(self) -> Path:
+        return self.folder / "authority.pem"
+
+
+@pytest.fixture(scope="module")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    need("kafka")
+    with Guarded(tmp_path_factory.mktemp("kafka")) as server:
+        yield server
+
+
+async def there_and_back(url: str) -> None:
+    bus = await open_bus(url)
+    await bus.check()
+    await bus.publish(event(7))
+    async with bus.subscribe("g", ["model.registered"]) as deliveries:
+        assert Envelope.decode((await anext(deliveries)).raw).data["n"] == 7
+    assert len((await bus.read([], "beginning"))[0]) == 1
+    await bus.close()
+
+
+async def test_the_urls_credentials_are_used(kafka: Guarded) -> None:
+    await there_and_back(f"kafka://yard:p%40ss@127.0.0.1:{kafka.sasl}/open")
+
+
+async def test_tls_with_an_authority_of_ones_own(kafka: Guarded) -> None:
+    await there_and_back(f"kafka://yard:p%40ss@127.0.0.1:{kafka.tls}/tls?security_protocol=SASL_SSL"
+                         f"&cafile={kafka.authority}")
+
+
+async def refused(url: str, words: str) -> None:
+    """Each way in says so in one line, shows no password, and a service that hears it goes on trying."""
+    bus = await open_bus(url)
+
+    async def subscribed() -> None:
+        async with bus.subscribe("g", ["model.registered"]):
+            pass
+
+    for doing in (bus.check(), bus.publish(event(1)), subscribed(), bus.read([], "beginning")):
+        with pytest.raises(Unavailable, match=words) as caught:
+            await doing
+        assert "\n" not in caught.value.message and "hunter2" not in caught.value.message
+    await bus.close()
+
+
+async def test_a_wrong_password_is_named(kafka: Guarded) -> None:
+    await refused(f"kafka://yard:hunter2@127.0.0.1:{kafka.sasl}", "refuses the credentials; correct user, password")
+
+
+async def test_a_missing_permission_is_named(kafka: Guarded) -> None:
+    await refused(f"kafka://guest:guest@127.0.0.1:{kafka.sasl}", "does not permit it.*grant guest")
+
+
+async def test_an_unknown_authority_is_named(kafka: Guarded) -> None:
+    await refused(f"kafka://yard:p%40ss@127.0.0.1:{kafka.tls}?security_protocol=SASL_SSL", "certificate verify failed")
+
+
+async def test_a_password_where_none_is_asked_for_is_named(kafka: Guarded) -> None:
+    await refused(f"kafka://yard:hunter2@127.0.0.1:{kafka.port}", "refuses the credentials|does not answer")
+
+
+async def test_no_password_where_one_is_asked_for_is_named(kafka: Guarded) -> None:
+    await refused(f"kafka://127.0.0.1:{kafka.sasl}", "Kafka")
