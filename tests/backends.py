@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +20,12 @@ from infra.stack import server_class
 
 @dataclass(frozen=True)
 class Backend:
-    """``url(folder)`` is where a test's own, empty one lies; None: what it needs is not here."""
+    """``url(folder)`` is where a test's own, empty one lies; None: what it needs is not here. ``clean(url)`` takes
+    away what would burden a shared server."""
 
     name: str
     url: Callable[[Path], str | None]
+    clean: Callable[[str], None] = lambda url: None
 
 
 def server(name: str) -> str | None:
@@ -49,9 +52,17 @@ def _own(name: str, make: Callable[[str, str], str]) -> Callable[[Path], str | N
     return url
 
 
+def _drop_database(url: str) -> None:
+    """A hundred databases of a dozen indexes each are thousands of files in one server."""
+    from pymongo import MongoClient
+
+    with MongoClient[Any](url) as client:
+        client.drop_database(client.get_default_database())
+
+
 MATRIX: dict[str, tuple[Backend, ...]] = {
     "store": (Backend("sqlite", lambda folder: f"sqlite://{folder}/yard.db"),
-              Backend("mongo", _own("mongo", lambda url, word: url.replace("?", f"test-{word}?", 1)))),
+              Backend("mongo", _own("mongo", lambda url, word: url.replace("?", f"test-{word}?", 1)), _drop_database)),
     "bus": (Backend("sqlite", lambda folder: f"sqlite://{folder}/yard.db"),
             Backend("kafka", _own("kafka", lambda url, word: f"{url}/t{word}?session_s=6&partitions=4"))),
     "blobs": (Backend("file", lambda folder: f"file://{folder}/blobs"),

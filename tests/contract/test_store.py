@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,9 +41,11 @@ class Tree(Plant):
 
 
 @pytest.fixture(params=backends("store"))
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     backend: Backend = request.param
-    return url_of(backend, tmp_path)
+    found = url_of(backend, tmp_path)
+    yield found
+    backend.clean(found)
 
 
 @pytest.fixture
@@ -246,6 +249,65 @@ async def test_events_of_all_workspaces_are_pending_also_of_tombstones(store: Do
         gone, events = told(doc.evolve(deleted=True), "model.deleted")
         await store.commit(gone, events)
     assert {p.workspace for p in await store.pending(10)} == {"default", "w2"}
+
+
+async def test_waiting_for_events_ends_with_the_time(store: DocumentStore) -> None:
+    began = time.monotonic()
+    assert await store.pending(10, wait=0.3) == []
+    assert 0.3 <= time.monotonic() - began < 5
+
+
+async def test_what_waits_already_is_given_at_once(store: DocumentStore) -> None:
+    doc, events = told(Plant(id="p"))
+    await store.commit(doc, events)
+    async with asyncio.timeout(5):
+        assert [p.events for p in await store.pending(10, wait=60.0)] == [events]
+
+
+async def test_a_commit_through_this_store_wakes_at_once(store: DocumentStore) -> None:
+    latencies = []
+    for number in range(5):
+        waiting = asyncio.create_task(store.pending(10, wait=30.0))
+        await asyncio.sleep(0.05 * number)
+        await store.commit(Plant(id=f"silent{number}"))
+        doc, events = told(Plant(id=f"p{number}"))
+        await store.commit(doc, events)
+        began = time.monotonic()
+        (found,) = await waiting
+        latencies.append(time.monotonic() - began)
+        assert found.events == events
+        await store.sent(found)
+    assert min(latencies) < 0.1  # well below any poll
+
+
+async def test_a_commit_through_another_store_wakes_soon(store: DocumentStore, url: str) -> None:
+    other, third = await open_store(url, "registry"), await open_store(url, "deployer")
+    try:
+        doc = await other.commit(Plant(id="p"))
+        await third.commit(*told(Plant(id="theirs")))
+        for _ in range(3):
+            waiting = asyncio.create_task(store.pending(10, wait=30.0))
+            await asyncio.sleep(0.3)
+            doc, events = told(doc, "model.updated")
+            doc = await other.commit(doc, events)
+            async with asyncio.timeout(5):
+                (found,) = await waiting
+            assert found.events == events
+            await store.sent(found)
+    finally:
+        await asyncio.gather(other.close(), third.close())
+
+
+async def test_whoever_waits_for_events_may_give_up(store: DocumentStore) -> None:
+    waiting = [asyncio.create_task(store.pending(10, wait=30.0)) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    waiting[0].cancel()
+    doc, events = told(Plant(id="p"))
+    await store.commit(doc, events)
+    async with asyncio.timeout(5):
+        done = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(done[0], asyncio.CancelledError)
+    assert [[p.events for p in found] for found in done[1:] if isinstance(found, list)] == [[events]] * 2
 
 
 # Find ------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ only those that changed. The file holds the documents of all services, each stor
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -24,6 +26,9 @@ from .sqlite_file import Schema, SqliteFile
 
 D = TypeVar("D", bound=Document)
 CAUSES = 256
+POLL_S = 0.2
+"""How often a waiting ``pending`` looks for what another store of the service committed. The file could tell of every
+write, and all services would look after each of any: only their own matter, and those wake at once."""
 SCHEMA = Schema("documents", 1, (
     """CREATE TABLE IF NOT EXISTS spaces(
         space INTEGER PRIMARY KEY, service TEXT NOT NULL, kind TEXT NOT NULL, workspace TEXT NOT NULL,
@@ -45,6 +50,7 @@ class SqliteStore(DocumentStore):
     def __init__(self, file: SqliteFile, service: str) -> None:
         self._file, self._service = file, service
         self._spaces: dict[tuple[str, str], int] = {}
+        self._fresh = asyncio.Event()
 
     @classmethod
     async def open(cls, path: str | Path, service: str, *, sync: str = "normal", busy_s: float = 10.0) -> SqliteStore:
@@ -95,6 +101,9 @@ class SqliteStore(DocumentStore):
         keys = stored.model_dump(mode="json", include=set(doc.indexed | INDEXED_ALWAYS) - {"deleted"})
         row = _Row(stored, space, stored.model_dump_json().encode(), keys, [e.encode() for e in events], cause)
         await self._file.write(lambda db: row.write(db, self._service))
+        if events:
+            self._fresh.set()
+            self._fresh = asyncio.Event()
         return stored
 
     async def _space(self, kind: str, workspace: str) -> int:
@@ -113,7 +122,19 @@ class SqliteStore(DocumentStore):
         space = self._spaces[kind, workspace] = await self._file.write(allot)
         return space
 
-    async def pending(self, limit: int) -> list[Pending]:
+    async def pending(self, limit: int, wait: float = 0.0) -> list[Pending]:
+        end = time.monotonic() + wait
+        while True:
+            fresh = self._fresh
+            found = await self._pending(limit)
+            rest = end - time.monotonic()
+            if found or rest <= 0:
+                return found
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(rest, POLL_S)):
+                    await fresh.wait()
+
+    async def _pending(self, limit: int) -> list[Pending]:
         def look(db: sqlite3.Connection) -> list[tuple[str, str, str, bytes]]:
             return db.execute(
                 "SELECT s.workspace, s.kind, d.id, d.outbox FROM documents d CROSS JOIN spaces s ON s.space=d.space "

@@ -66,7 +66,7 @@ TARGETS = {"process": Adapter("targets_process", "ProcessTarget"),
 async def open_store(url: str, service: str) -> DocumentStore:
     """The documents of ``service``: ``sqlite:///PATH[?sync=full&busy_s=10]``,
     ``mongodb://[USER:PASSWORD@]HOST:PORT[,…]/DATABASE[?replicaSet=rs0]``."""
-    class_, where = _adapter("store", url, STORES)
+    class_, where = await asyncio.to_thread(_adapter, "store", url, STORES)  # drivers take long to import
     store: DocumentStore = await class_.open(where.place, service, **where.options)
     return store
 

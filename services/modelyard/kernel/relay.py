@@ -14,18 +14,17 @@ from ..ports.bus import EventBus
 from ..ports.store import Pending
 from .observe import OUTBOX_UNSENT, PUBLISHED, Once, fields, in_service
 from .service import Context
-from .wakes import Wakes
 
 log = logging.getLogger(__name__)
-EVERY_S = 0.2
+WAIT_S = 5.0
 BATCH = 200
 GATHER_S = 0.004
 """Between two rounds of a busy relay: what is committed meanwhile goes in one round."""
 BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
-async def relay(ctx: Context, bus: EventBus, wakes: Wakes) -> None:
-    """Runs until cancelled. Woken by ``ctx.wake("relay")``; the poll is the truth. Outages are waited out."""
+async def relay(ctx: Context, bus: EventBus) -> None:
+    """Runs until cancelled. The store wakes it (``pending`` waits for the first event). Outages are waited out."""
     in_service(ctx.service)
     said, failures = Once(), 0
     while True:
@@ -44,13 +43,11 @@ async def relay(ctx: Context, bus: EventBus, wakes: Wakes) -> None:
             await asyncio.sleep(1.0)
         elif busy:
             await asyncio.sleep(GATHER_S)
-        else:
-            await wakes.wait("relay", EVERY_S)
 
 
 async def _round(ctx: Context, bus: EventBus, said: Once) -> tuple[bool, bool]:
     """One look at the outboxes → (there may be more, some events were refused)."""
-    batch = await ctx.store.pending(BATCH)
+    batch = await ctx.store.pending(BATCH, wait=WAIT_S)
     OUTBOX_UNSENT.labels(ctx.service).set(sum(len(p.events) for p in batch))
     results = await asyncio.gather(*(_drain(ctx, bus, p) for p in batch), return_exceptions=True)
     refused = False
@@ -62,6 +59,8 @@ async def _round(ctx: Context, bus: EventBus, said: Once) -> tuple[bool, bool]:
     for result in results:
         if isinstance(result, Unavailable) or (result is not None and not isinstance(result, ModelyardError)):
             raise result
+    if not refused:
+        OUTBOX_UNSENT.labels(ctx.service).set(0)  # what came meanwhile is counted in the next round, which is now
     return bool(batch), refused
 
 

@@ -31,7 +31,7 @@ KERNEL_DOCUMENTS: tuple[type[Document], ...] = (ParkedKey, DeadLetter, Seen)
 async def run_service(ctx: Context, service: Service, bus: EventBus, wakes: Wakes) -> None:
     """Relay, consumer and loops of one service, until cancelled; then nothing of them is left."""
     async with asyncio.TaskGroup() as group:
-        group.create_task(_lasting("relay", partial(relay, ctx, bus, wakes)))
+        group.create_task(_lasting("relay", partial(relay, ctx, bus)))
         if service.handlers:
             group.create_task(_lasting("consumer", partial(consume, ctx, service, bus)))
         group.create_task(loops(ctx, service, wakes))

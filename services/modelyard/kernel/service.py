@@ -46,7 +46,7 @@ class Context:
     peers: Peers
     data: Path
     wake: Callable[[str], None] = lambda what: None
-    """``wake("relay")``, ``wake("build")``: somebody has work for that loop, look now."""
+    """``wake("build")``: somebody has work for that loop, look now."""
     open_images: Callable[[str], Awaitable[ImageStore]] = no_other_images
     """Opens another image store than ``images`` by its URL, to read from; the caller closes it."""
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
@@ -57,8 +57,6 @@ class Context:
         doc, events = announce(doc, self.service, *facts, traceparent=current_traceparent(), now=self.now())
         stored = await self.store.commit(doc, events, cause)
         self.changes.tell(doc.kind, doc.workspace, doc.id)
-        if events:
-            self.wake("relay")
         return stored
 
     async def change(self, type_: type[D], id: str, fn: Change[D], *, workspace: str = "default",

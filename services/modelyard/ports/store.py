@@ -69,8 +69,13 @@ class DocumentStore(Port):
         """
 
     @abstractmethod
-    async def pending(self, limit: int) -> list[Pending]:
-        """Up to ``limit`` documents with unpublished events, the longest waiting first; all workspaces."""
+    async def pending(self, limit: int, wait: float = 0.0) -> list[Pending]:
+        """Up to ``limit`` documents with unpublished events, the longest waiting first; all workspaces.
+
+        When there is none, waits up to ``wait`` seconds for the first: a commit through this store is seen at once,
+        one through another store of the service within a second. With ``wait``, what another store committed a
+        moment ago may be left to it first.
+        """
 
     @abstractmethod
     async def sent(self, pending: Pending) -> None:

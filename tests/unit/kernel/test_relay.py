@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+from modelyard.adapters import store_sqlite
 from modelyard.core.documents import Document
 from modelyard.core.errors import Invalid, Unavailable
 from modelyard.core.events import Fact
-from modelyard.kernel import relay as relaying
 from modelyard.kernel.relay import relay
 from tests.conftest import House, OpenHouse
 from tests.faults import Faults
@@ -56,7 +56,7 @@ async def published(h: House) -> list[tuple[str, int]]:
 
 
 async def test_committed_events_are_published_in_order_and_leave_the_outbox(house: OpenHouse) -> None:
-    async with house() as h, running(relay(h.ctx, h.bus, h.wakes)):
+    async with house() as h, running(relay(h.ctx, h.bus)):
         await asyncio.gather(*(grow(h, f"p{n}", 10) for n in range(8)))
         await until(lambda: _empty(h))
         found = await published(h)
@@ -68,18 +68,18 @@ async def _empty(h: House) -> bool:
     return not await h.store.pending(1)
 
 
-async def test_a_wake_publishes_long_before_the_poll(house: OpenHouse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relaying, "EVERY_S", 30.0)
-    async with house() as h, running(relay(h.ctx, h.bus, h.wakes)):
+async def test_a_commit_is_published_at_once(house: OpenHouse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_sqlite, "POLL_S", 30.0)
+    async with house() as h, running(relay(h.ctx, h.bus)):
         await asyncio.sleep(0.1)
         await grow(h, "p", 1)
         await until(lambda: published(h), within=2)
 
 
-async def test_the_poll_finds_what_nobody_woke_it_for(house: OpenHouse) -> None:
-    async with house() as h, running(relay(h.ctx, h.bus, h.wakes)):
+async def test_what_another_process_committed_and_left_is_published(house: OpenHouse) -> None:
+    async with house() as h, house() as other, running(relay(h.ctx, h.bus)):
         await asyncio.sleep(0.1)
-        await grow(replace(h, ctx=replace(h.ctx, wake=lambda what: None)), "p", 1)
+        await grow(other, "p", 1)
         await until(lambda: published(h), within=2)
 
 
@@ -88,7 +88,7 @@ async def test_an_outage_is_waited_out_and_said_once(house: OpenHouse, caplog: p
     async with house() as h:
         faults.plan("publish", Unavailable("the bus is away"), times=4)
         with caplog.at_level(logging.INFO, "modelyard.kernel.relay"):
-            async with running(relay(h.ctx, faults.around(h.bus), h.wakes)):
+            async with running(relay(h.ctx, faults.around(h.bus))):
                 await grow(h, "p", 5)
                 await until(lambda: _empty(h))
         assert await published(h) == [("p", n) for n in range(1, 6)]
@@ -100,7 +100,7 @@ async def test_published_but_not_told_is_published_again(house: OpenHouse) -> No
     faults = Faults()
     async with house() as h:
         faults.plan("publish", Unavailable("who knows"), at=2, after=True)
-        async with running(relay(h.ctx, faults.around(h.bus), h.wakes)):
+        async with running(relay(h.ctx, faults.around(h.bus))):
             await grow(h, "p", 3)
             await until(lambda: _empty(h))
         records, _ = await h.bus.read([], "beginning")
@@ -112,7 +112,7 @@ async def test_a_store_that_fails_after_publishing_costs_repeats_only(house: Ope
     faults = Faults()
     async with house() as h:
         faults.plan("sent", Unavailable("the store is away"), times=2)
-        async with running(relay(replace(h.ctx, store=faults.around(h.store)), h.bus, h.wakes)):
+        async with running(relay(replace(h.ctx, store=faults.around(h.store)), h.bus)):
             await grow(h, "p", 1)
             await until(lambda: _empty(h))
         assert await published(h) == [("p", 1)] * 3
@@ -120,7 +120,7 @@ async def test_a_store_that_fails_after_publishing_costs_repeats_only(house: Ope
 
 async def test_two_relays_lose_nothing(house: OpenHouse) -> None:
     async with house() as h, house() as other:
-        async with running(relay(h.ctx, h.bus, h.wakes), relay(other.ctx, other.bus, other.wakes)):
+        async with running(relay(h.ctx, h.bus), relay(other.ctx, other.bus)):
             await asyncio.gather(*(grow(h, f"p{n}", 10) for n in range(8)))
             await until(lambda: _empty(h))
         found = await published(h)
@@ -135,7 +135,7 @@ async def test_an_event_that_the_bus_refuses_holds_up_no_other(house: OpenHouse,
     async with house() as h:
         await grow(h, "bad", 1)
         faults.plan("publish", Invalid("too large for this bus"))
-        async with running(relay(h.ctx, faults.around(h.bus), h.wakes)):
+        async with running(relay(h.ctx, faults.around(h.bus))):
             await asyncio.sleep(0.05)
             await grow(h, "good", 2)
             await until(lambda: _empty(h))

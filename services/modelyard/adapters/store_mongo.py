@@ -1,0 +1,218 @@
+"""DocumentStore on MongoDB: a collection for each service, a record for each document, one write for each commit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from ..core.documents import INDEXED_ALWAYS, Document, Where
+from ..core.errors import AlreadyApplied, Conflict, Invalid
+from ..core.events import Envelope
+from ..ports.store import DocumentStore, Pending
+from . import store_mongo_find as finding
+from .store_mongo_link import Feed, Link, passing, taken
+from .store_search import plan
+
+D = TypeVar("D", bound=Document)
+CAUSES, TOKENS = 256, 16
+POLL_S, WATCHED_POLL_S = 0.2, 1.0
+"""How often a waiting ``pending`` looks by itself: without and with a change stream that lives."""
+LEAVE_S, ALL_S = 0.2, 5.0
+"""What another store of this service committed is left to its own relay for so long; and looked at anyway so often."""
+Record = dict[str, Any]
+
+
+class MongoStore(DocumentStore):
+    """Opened by ``MongoStore.open``."""
+
+    def __init__(self, link: Link) -> None:
+        self._link, self._docs = link, link.documents
+        self._me = random.getrandbits(62)
+        self._indexed: dict[str, asyncio.Lock | None] = {}
+        self._fresh = asyncio.Event()
+        self._all_at = 0.0
+        others = {"$nin": [None, self._me]}
+        where = ("fullDocument.q.p", "updateDescription.updatedFields.q.p")
+        self._feed = Feed(link, {"$or": [{path: others} for path in where]}, self._notice_others)
+
+    @classmethod
+    async def open(cls, url: str, service: str, **options: Any) -> MongoStore:
+        """The documents of ``service`` in the database that the URL's path names (default ``modelyard``). Options:
+        ``replicaSet``, ``authSource``, ``authMechanism``, ``tls``, ``tlsCAFile`` as MongoDB's own URLs have them;
+        ``timeout_s`` (5) bounds the retries of one call; ``pool`` (32) the connections. Raises Invalid or
+        Unavailable, saying what to do."""
+        link = await Link.open(url, service, **options)
+        store = cls(link)
+        try:
+            await link.index(finding.base_indexes())
+        except BaseException:
+            await link.close()
+            raise
+        return store
+
+    async def check(self) -> None:
+        await self._link.check()
+
+    async def close(self) -> None:
+        await self._feed.stop()
+        await self._link.close()
+
+    async def get(self, type_: type[D], id: str, *, workspace: str = "default", tombstone: bool = False) -> D | None:
+        key = {"k": type_.kind, "w": workspace, "i": id}
+        found = await self._link.steady(lambda: self._docs.find_one({"_id": key}, {"b": 1, "d": 1, "_id": 0}))
+        return None if found is None or (found["d"] and not tombstone) else _parsed(type_, found["b"])
+
+    async def find(self, type_: type[D], where: Where | None = None, *, workspace: str | None = "default",
+                   order: str = "id", after: tuple[str | int | float, str] | None = None, limit: int = 100,
+                   tombstones: bool = False) -> list[D]:
+        query = plan(type_, where, order, after, limit, tombstones)
+        await self._index(type_)
+        spaces = [workspace] if workspace is not None else None if query.order == "due" else await self._spaces(type_)
+        if spaces == []:
+            return []
+        filter_, sort = finding.compose(type_.kind, spaces, query)
+        found = await self._link.steady(
+            lambda: self._docs.find(filter_, finding.FOUND, sort=sort, limit=limit).to_list(limit))
+        return [_parsed(type_, record["b"]) for record in found]
+
+    async def _spaces(self, type_: type[Document]) -> list[str]:
+        """The workspaces that have such documents: with them a search over all is a merge of walks."""
+        found: list[str] = await self._link.steady(lambda: self._docs.distinct(finding.SPACE, {
+            finding.KIND: type_.kind, finding.DELETED: {"$in": [False, True]}}))
+        return found
+
+    async def _index(self, type_: type[Document]) -> None:
+        """Makes the type's indexes before it is used for the first time."""
+        lock = self._indexed.setdefault(type_.kind, asyncio.Lock())
+        if lock is None:
+            return
+        async with lock:
+            if self._indexed[type_.kind] is not None:
+                await self._link.index(finding.indexes(type_))
+                self._indexed[type_.kind] = None
+
+    async def commit(self, doc: D, events: Sequence[Envelope] = (), cause: str | None = None) -> D:
+        await self._index(type(doc))
+        stored = doc.evolve(revision=doc.revision + 1)
+        token = random.getrandbits(62)
+        keys = stored.model_dump(mode="json", include=set(doc.indexed | INDEXED_ALWAYS) - {"deleted", "id"})
+        state = {"r": stored.revision, "d": stored.deleted, "b": stored.model_dump_json(), "f": finding.fields(keys)}
+        outbox = [{"i": event.id, "e": event.encode().decode()} for event in events]
+        key = {"k": doc.kind, "w": doc.workspace, "i": doc.id}
+        waiting = {"t": time.time_ns(), "p": self._me} if outbox else None
+        if doc.revision == 0:
+            first = {"_id": key, **state, "c": [cause] if cause else [], "n": [token]}
+            await self._write(doc, key, cause, token, first | ({"o": outbox, "q": waiting} if outbox else {}), None)
+        else:
+            await self._write(doc, key, cause, token, *_change(doc.revision, key, state, outbox, waiting, cause, token))
+        if outbox:
+            self._notice()
+        return stored
+
+    async def _write(self, doc: Document, key: Record, cause: str | None, token: int, what: Record,
+                     update: Record | None) -> None:
+        """One write, asked again while an election or a lost connection is between. An answer that was lost leaves
+        open whether it was done: then the record is asked, whose tokens name the last commits."""
+        sure = True
+
+        async def ask() -> bool:
+            nonlocal sure
+            try:
+                if update is not None:
+                    return (await self._docs.update_one(what, update)).matched_count == 1
+                await self._docs.insert_one(what)
+                return True
+            except Exception as exc:
+                if taken(exc):
+                    return False
+                sure = sure and not passing(exc)
+                raise
+
+        if not await self._link.steady(ask):
+            await self._explain(doc, key, cause, token, sure)
+
+    async def _explain(self, doc: Document, key: Record, cause: str | None, token: int, sure: bool) -> None:
+        """Why a write met no record: returns when it was our own, else raises. What is told here must outlast a
+        crash: read as a majority has it, and when we may have written it ourselves, as it stands now."""
+        docs = self._docs if sure else self._link.newest
+        told = await self._link.steady(lambda: docs.find_one({"_id": key}, {"r": 1, "c": 1, "n": 1}))
+        if told is not None and token in told["n"]:
+            return
+        if told is not None and cause is not None and cause in told["c"]:
+            raise AlreadyApplied(f"{doc.kind} '{doc.id}' has handled {cause} before")
+        raise Conflict(f"{doc.kind} '{doc.id}' was changed meanwhile; read it again" if doc.revision
+                       else f"{doc.kind} '{doc.id}' exists already", kind=doc.kind, id=doc.id)
+
+    async def pending(self, limit: int, wait: float = 0.0) -> list[Pending]:
+        end = time.monotonic() + wait
+        while True:
+            fresh = self._fresh
+            found = await self._pending(limit, self._mine() if wait else {"q.t": {"$gt": 0}})
+            rest = end - time.monotonic()
+            if found or rest <= 0:
+                return found
+            self._feed.start()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(rest, WATCHED_POLL_S if self._feed.live else POLL_S)):
+                    await fresh.wait()
+
+    def _mine(self) -> Record:
+        """What this store committed, and what others did not get published in time; now and then simply everything,
+        for their clocks may be wrong."""
+        now = time.monotonic()
+        if now - self._all_at > ALL_S:
+            self._all_at = now
+            return {"q.t": {"$gt": 0}}
+        left = time.time_ns() - int(LEAVE_S * 1e9)
+        return {"q.t": {"$gt": 0}, "$or": [{"q.p": self._me}, {"q.t": {"$lt": left}}]}
+
+    def _notice(self) -> None:
+        """Wakes whoever waits for pending events."""
+        self._fresh.set()
+        self._fresh = asyncio.Event()
+
+    def _notice_others(self) -> None:
+        asyncio.get_running_loop().call_later(LEAVE_S, self._notice)
+
+    async def _pending(self, limit: int, which: Record) -> list[Pending]:
+        found = await self._link.steady(lambda: self._docs.find(
+            which, {"o": 1}, sort=[("q.t", 1)], limit=limit).to_list(limit))
+        return [Pending(record["_id"]["w"], record["_id"]["k"], record["_id"]["i"],
+                        tuple(Envelope.decode(event["e"].encode()) for event in record["o"])) for record in found]
+
+    async def sent(self, pending: Pending) -> None:
+        gone = [event.id for event in pending.events]
+        key = {"k": pending.kind, "w": pending.workspace, "i": pending.id}
+        rest = {"$filter": {"input": "$o", "cond": {"$not": [{"$in": ["$$this.i", gone]}]}}}
+        steps: list[Record] = [{"$set": {"o": rest}}, {"$set": {
+            name: {"$cond": [{"$eq": ["$o", []]}, "$$REMOVE", f"${name}"]} for name in ("o", "q")}}]
+        await self._link.steady(lambda: self._docs.update_one({"_id": key, "q.t": {"$gt": 0}}, steps))
+
+
+def _change(revision: int, key: Record, state: Record, outbox: list[Record], waiting: Record | None,
+            cause: str | None, token: int) -> tuple[Record, Record]:
+    """The filter and the update of a commit that is not the first."""
+    filter_: Record = {"_id": key, "r": revision}
+    push: Record = {"n": {"$each": [token], "$slice": -TOKENS}}
+    update: Record = {"$set": state, "$push": push}
+    if cause is not None:
+        filter_["c"] = {"$ne": cause}
+        push["c"] = {"$each": [cause], "$slice": -CAUSES}
+    if outbox:
+        push["o"] = {"$each": outbox}
+        update["$min"] = {"q": waiting}  # the first of those that wait counts
+    return filter_, update
+
+
+def _parsed(type_: type[D], body: str) -> D:
+    try:
+        return type_.model_validate_json(body)
+    except ValidationError as exc:
+        raise Invalid(f"a stored {type_.kind} cannot be read by this version of Modelyard: {exc.errors()[0]['msg']}",
+                      code="unreadable") from exc
