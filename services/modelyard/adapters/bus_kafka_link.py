@@ -126,12 +126,15 @@ class Link:
         """The error in our words: what did not work, why, and what to do."""
         place = ",".join(self.hosts)
         if isinstance(exc, DENIED):
-            return Unavailable(f"{doing}: Kafka at {place} does not permit it ({type(exc).__name__} {exc}); grant "
+            return Unavailable(f"{doing}: Kafka at {place} does not permit it ({exc}); grant "
                                f"{self.user or 'the anonymous user'} Read, Write, Create and Describe on topics and "
                                "groups", code="denied")
         if isinstance(exc, PASSWORD):
             return Unavailable(f"{doing}: Kafka at {place} refuses the credentials; correct user, password or "
                                f"sasl_mechanism in bus= ({exc})", code="denied")
+        if isinstance(exc, ssl.SSLError):
+            return Unavailable(f"{doing}: Kafka at {place} and this machine do not agree on TLS; set cafile= to its "
+                               f"authority, or security_protocol= ({exc})")
         if isinstance(exc, TimeoutError | errors.KafkaTimeoutError | errors.RequestTimedOutError):
             return Unavailable(f"{doing}: Kafka at {place} does not answer in time; is it running and reachable?")
         if isinstance(exc, OSError | errors.KafkaConnectionError):
@@ -150,7 +153,8 @@ class Link:
                 connection.close()
             except FAILURES as reason:
                 return self.ours(reason, doing)
-        return self.ours(exc, doing)
+        return Unavailable(f"{doing}: Kafka at {','.join(self.hosts)} accepts the connection and hangs up; if it asks "
+                           "for a password or TLS, write kafka://USER:PASSWORD@HOST:PORT or set security_protocol=")
 
 
 async def _tls(cafile: str | None) -> ssl.SSLContext:
