@@ -106,7 +106,8 @@ async def test_a_missing_permission_is_named(kafka: Guarded) -> None:
 
 
 async def test_an_unknown_authority_is_named(kafka: Guarded) -> None:
-    await refused(f"kafka://yard:p%40ss@127.0.0.1:{kafka.tls}?security_protocol=SASL_SSL", "do not agree on TLS; set cafile=.*certificate verify failed")
+    await refused(f"kafka://yard:p%40ss@127.0.0.1:{kafka.tls}?security_protocol=SASL_SSL",
+                  "do not agree on TLS; set cafile=.*certificate verify failed")
 
 
 async def test_a_password_where_none_is_asked_for_is_named(kafka: Guarded) -> None:
