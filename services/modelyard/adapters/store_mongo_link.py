@@ -63,7 +63,8 @@ class Link:
         try:
             client = await asyncio.to_thread(AsyncIOMotorClient, url, io_loop=asyncio.get_running_loop(), **settings)
         except (errors.PyMongoError, ValueError, TypeError, OSError) as exc:
-            raise Invalid(f"store: mongodb://{where}/…: {exc}") from exc
+            told = str(exc).replace(parts.password or "\0", "***")
+            raise Invalid(f"store: mongodb://{where}/…: {told[:300]}") from exc
         link = cls(client, where, database, service, timeout_s)
         try:
             await link.check()
@@ -149,7 +150,7 @@ class Link:
         finally:
             await asyncio.to_thread(probe.close)
         if hello is None:
-            return f"MongoDB at {self.where} does not answer: is it running, and reachable from here? ({told[:160]})"
+            return f"MongoDB at {self.where} does not answer: is it running, and reachable from here? ({_short(told)})"
         if hello.get("isreplicaset"):
             return f"MongoDB at {host} is of no replica set yet: run rs.initiate() there"
         if "setName" not in hello:
@@ -216,5 +217,6 @@ def taken(exc: Exception) -> bool:
     return isinstance(exc, errors.DuplicateKeyError)
 
 
-def _short(exc: Exception) -> str:
-    return str(exc).partition(", full error")[0][:200]
+def _short(told: object) -> str:
+    """What the driver said, without its settings and the server's whole answer."""
+    return str(told).partition(", full error")[0].partition(" (configured timeouts")[0][:200]
