@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from modelyard.adapters import urls
-from modelyard.adapters.blobs_dir import open_grant
+from modelyard.adapters.grants_lent import open_grant
 from modelyard.core.errors import Denied, Invalid
 from modelyard.core.layout import segments_prefix
 from modelyard.ports.blobs import BlobStore, CaptureGrants

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from ..core.errors import Invalid, ModelyardError, Unavailable
+from ..core.errors import Denied, Invalid, ModelyardError, Unavailable
 from ..core.events import Fact
 from ..kernel.service import Change, Context, Loop
 from ..ports.targets import DeploymentTarget, Observed, Workload
@@ -38,6 +38,8 @@ async def step(ctx: Context, doc: Deployment) -> Change[Deployment]:
             observed, until = await _apply(ctx, doc, digest, target)
         except Invalid as exc:
             trouble = exc.message
+        except Unavailable as exc:
+            return _awaited(ctx, doc, exc.message)
     seen = Seen(doc.generation, observed, image, trouble, holds, until)
     return lambda newest: settled(newest, seen, ctx.now())
 
@@ -47,6 +49,13 @@ def needs_apply(doc: Deployment, observed: Observed, now: datetime) -> bool:
     if observed.state == "absent" or observed.generation != doc.generation:
         return True
     return doc.grant_until is None or doc.grant_until - now < timedelta(seconds=GRANT_S / 2)
+
+
+def _awaited(ctx: Context, doc: Deployment, why: str) -> Change[Deployment]:
+    """The target does not answer: said in the document, and once in the log, until it does."""
+    if why not in {condition.message for condition in doc.conditions}:
+        log.warning("'%s' waits for its target '%s': %s", doc.id, doc.target, why)
+    return lambda newest: waiting_for(newest, ctx.now(), why, TROUBLE_S)
 
 
 async def _image(ctx: Context, doc: Deployment) -> Found | None:
@@ -67,7 +76,7 @@ async def _apply(ctx: Context, doc: Deployment, digest: str, target: DeploymentT
     try:
         grant = await ctx.grants.lend(doc.workspace, doc.id, GRANT_S)
         until = now + timedelta(seconds=GRANT_S)
-    except Unavailable as exc:
+    except (Unavailable, Denied) as exc:
         log.warning("no capture grant for '%s': %s", doc.id, exc)
         grant, until = "", now + timedelta(seconds=GRANT_S / 2 + AGAIN_S)
     return await target.apply(workload(doc, digest, grant)), until

@@ -18,7 +18,8 @@ from .tarring import CHUNK, END, Entry, Layer, header, opened, padding, parents,
 HOME = "opt/modelyard"
 PACKAGE = Path(__file__).parents[1]
 CODE = ("*.py", "core/*.py", "ports/*.py", "wire/*.py", "scoring/**/*.py", "scoring/requirements.txt",
-        "adapters/__init__.py", "adapters/blobs_dir.py", "adapters/folder.py")
+        "adapters/__init__.py", "adapters/blobs_azure_sas.py", "adapters/blobs_dir.py", "adapters/folder.py",
+        "adapters/grants_lent.py")
 CODE_TOP = frozenset({"__init__.py", "capture.py"})
 NAMES = {"onnx": "model.onnx", "skops": "model.skops", "pickle": "model.joblib", "": "model"}
 NEEDS = {"onnx": {"onnxruntime"}, "skops": {"scikit-learn", "skops"}, "pickle": {"scikit-learn"}}

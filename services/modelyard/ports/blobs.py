@@ -35,7 +35,10 @@ class BlobStore(Port):
 
     @abstractmethod
     def get(self, key: str, start: int = 0) -> AsyncIterator[bytes]:
-        """The bytes from offset ``start``, in chunks. Raises NotFound before the first chunk."""
+        """The bytes from offset ``start``, in chunks. Raises NotFound before the first chunk.
+
+        Of one version: a blob that is replaced meanwhile is read on as it was, or the read raises Unavailable.
+        """
 
     @abstractmethod
     async def stat(self, key: str) -> Blob | None:

@@ -114,7 +114,7 @@ class Shipper:
 
 
 async def _serve(spool: Path, url: str, once: bool) -> int:
-    from ..adapters.blobs_dir import open_grant
+    from ..adapters.grants_lent import open_grant
 
     shipper = Shipper(spool, url, open_grant)
     if once:
