@@ -22,7 +22,7 @@ BLOCK = 8 << 20
 """Up to this size a blob is one Put Blob; above it goes in blocks of this size, ``PARALLEL`` of them at once."""
 PARALLEL = 3
 Captures = list[tuple[str, str]]
-ABSENT = {"etag": "*", "match_condition": MatchConditions.IfMissing}
+ABSENT = {"match_condition": MatchConditions.IfMissing}
 """``If-None-Match: *``"""
 TAKEN = (azure.ResourceExistsError, azure.ResourceModifiedError)
 

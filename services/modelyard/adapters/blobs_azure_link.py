@@ -56,6 +56,9 @@ def place(url: str) -> Place:
         raise Invalid(f"blobs=azure://{host}{parts.path} names no container; write {FORM}, the container of 3 to 63 "
                       "lower-case letters, digits and single '-'", field="blobs")
     key = unquote(parts.password) if parts.password else _environ("AZURE_STORAGE_KEY") or _connection("AccountKey")
+    if key is None and local:
+        raise Invalid(f"blobs={address}: over http an account's key is needed; write {FORM}, or set AZURE_STORAGE_KEY",
+                      field="blobs")
     return Place(address, unquote(parts.username) if parts.username else account, key, folders[-1])
 
 
@@ -155,9 +158,6 @@ class Link:
         where = f"{self.place.address} ({what})"
         try:
             yield
-        except azure.ClientAuthenticationError as exc:
-            raise Denied(f"{where} refuses the credentials of account '{self.place.account}': give the right key in "
-                         "the URL, AZURE_STORAGE_KEY or AZURE_STORAGE_CONNECTION_STRING") from exc
         except azure.HttpResponseError as exc:
             raise self._told(exc, where) from exc
         except (azure.AzureError, OSError, TimeoutError) as exc:
@@ -167,6 +167,9 @@ class Link:
         code = error_code(exc) or exc.reason or ""
         if code == "ContainerNotFound":  # somebody took it away: the next call makes it again
             self._made.clear()
+        if isinstance(exc, azure.ClientAuthenticationError) or code in ("AuthenticationFailed", "AuthorizationFailure"):
+            return Denied(f"{where} refuses the credentials of account '{self.place.account}' ({code}): give the right "
+                          "key in the URL, AZURE_STORAGE_KEY or AZURE_STORAGE_CONNECTION_STRING")
         if exc.status_code == 403:
             return Denied(f"{where}: account '{self.place.account}' may not do this ({code}): it needs the role "
                           "Storage Blob Data Contributor, or the account's key")
@@ -177,7 +180,8 @@ class Link:
 
 def error_code(exc: azure.HttpResponseError) -> str:
     """Azure's own word for what went wrong, or ""."""
-    return str(getattr(exc, "error_code", None) or "")
+    code = getattr(exc, "error_code", None) or ""
+    return str(getattr(code, "value", code))
 
 
 def _plain(name: str) -> str:
