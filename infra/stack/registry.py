@@ -19,7 +19,7 @@ storage:
   filesystem:
     rootdirectory: {data}
   delete:
-    enabled: true
+    enabled: {deletes}
   maintenance:
     uploadpurging:
       enabled: true
@@ -33,16 +33,18 @@ http:
 
 
 class Registry(Server):
-    """``htpasswd``: lines of user and bcrypt hash; with them it wants basic authentication."""
+    """``htpasswd``: lines of user and bcrypt hash; with them it wants basic authentication. ``deletes``: whether it
+    deletes anything, which this registry does not by itself."""
 
     name = "registry"
     version = "2.8.2"
     start_s = 30.0
     stop_s = 10.0
 
-    def __init__(self, folder: Path | None = None, port: int = 0, htpasswd: str = "") -> None:
+    def __init__(self, folder: Path | None = None, port: int = 0, htpasswd: str = "",
+                 deletes: bool = True) -> None:
         super().__init__(folder, port)
-        self.htpasswd = htpasswd
+        self.htpasswd, self.deletes = htpasswd, deletes
 
     @property
     def url(self) -> str:
@@ -69,7 +71,8 @@ class Registry(Server):
             more = f"auth:\n  htpasswd:\n    realm: modelyard\n    path: {self.folder / 'htpasswd'}\n"
         # the secret signs the state of uploads: the same after a restart, so that they can be resumed
         (self.folder / "config.yml").write_text(CONFIG.format(
-            data=self.data, port=self.port, secret=f"modelyard-{self.port}", more=more))
+            data=self.data, port=self.port, secret=f"modelyard-{self.port}", more=more,
+            deletes=str(self.deletes).lower()))
 
     def _command(self) -> Sequence[str]:
         return ["docker-registry", "serve", str(self.folder / "config.yml")]

@@ -15,12 +15,12 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
-from ..core.errors import Invalid, ModelyardError, NotFound, Unavailable
+from ..core.errors import Denied, Invalid, ModelyardError, NotFound, Unavailable
 from ..ports.images import ImageStore
 from .images_names import hex_of, is_manifest, parts, repo_of, tag_of
 from .images_registry_http import BROKEN, TRIES, Door, loopback, pause
 from .images_registry_known import Known
-from .images_registry_upload import Upload
+from .images_registry_upload import send
 
 CHUNK = 1 << 20
 LARGEST_MANIFEST = 8 << 20
@@ -45,7 +45,7 @@ class RegistryImages(ImageStore):
         self._turn: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @classmethod
-    async def open(cls, url: str, tls: str = "", timeout_s: float = 60.0) -> Self:
+    async def open(cls, url: str, tls: str = "", timeout_s: float = 30.0) -> Self:
         """``tls``: ``on`` or ``off``; by itself it is off on loopback and on elsewhere. ``timeout_s`` is how long the
         registry may be silent. Opens no connection. Invalid for a URL that is none of a registry."""
         given = urlsplit(url)
@@ -95,7 +95,7 @@ class RegistryImages(ImageStore):
                 return False
             self._known.drop(digest)
             begun = self._door.location(mounted.headers, mounted.url)
-        await Upload(self._door, f"/v2/{name}", name, digest, begun).send(chunks)
+        await send(self._door, name, digest, chunks, begun)
         self._known.note(name, digest)
         return True
 
@@ -199,7 +199,7 @@ class RegistryImages(ImageStore):
         config = b"{}"
         digest = f"sha256:{hashlib.sha256(config).hexdigest()}"
         if await self._size(name, digest) is None:
-            await Upload(self._door, f"/v2/{name}", name, digest).send(_once(config))
+            await send(self._door, name, digest, _once(config))
         body = json.dumps({
             "schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": [],
             "config": {"mediaType": OCI_CONFIG, "digest": digest, "size": len(config)},
@@ -218,8 +218,11 @@ class RegistryImages(ImageStore):
         """A manifest, and with it every tag that has it. A registry that deletes nothing keeps it untagged."""
         if unless_tagged and await self._tags_of(name, digest):
             return
-        await self._door.ask("DELETE", f"/v2/{name}/manifests/{digest}", about=f"manifest {digest[:19]} of {name}",
-                             ok=(200, 202, 404) if not unless_tagged else (200, 202, 400, 403, 404, 405), repo=name)
+        done = await self._door.ask("DELETE", f"/v2/{name}/manifests/{digest}", ok=(200, 202, 400, 404, 405), repo=name,
+                                    about=f"manifest {digest[:19]} of {name}")
+        if done.status in (400, 405) and not unless_tagged:
+            raise Denied(f"the registry {self._door.host} deletes nothing: turn its deletion on (CNCF Distribution: "
+                         "storage.delete.enabled, or REGISTRY_STORAGE_DELETE_ENABLED=true)")
 
     async def _digest(self, name: str, tag: str) -> str | None:
         found = await self._door.ask("HEAD", f"/v2/{name}/manifests/{tag}", about=f"tag {tag} of {name}", ok=(200, 404),

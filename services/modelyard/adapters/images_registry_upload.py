@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import suppress
 
 from yarl import URL
@@ -17,11 +17,28 @@ PART = 4 << 20
 CANCEL_S = 5.0
 
 
-class Upload:
-    """``path`` is the repository's ``/v2/<name>``; ``at``, when it is given, an upload that the registry has begun."""
+class Lost(Unavailable):
+    """The registry has not what it took, and we have it no more: only the whole can be sent again."""
 
-    def __init__(self, door: Door, path: str, repo: str, digest: str, at: URL | None = None) -> None:
-        self._door, self._path, self._repo, self._digest = door, path, repo, digest
+
+async def send(door: Door, repo: str, digest: str, chunks: AsyncIterable[bytes], at: URL | None = None) -> None:
+    """A blob, kept by the registry when this returns. One that it lost on the way is sent again, as often as ``TRIES``,
+    when ``chunks`` can be read again; an iterator cannot. ``at`` is an upload that the registry has begun already."""
+    for attempt in range(1, TRIES + 1):
+        try:
+            return await Upload(door, repo, digest, at).send(chunks)
+        except Lost:
+            if attempt == TRIES or isinstance(chunks, AsyncIterator):
+                raise
+            at = None
+            await pause(attempt)
+
+
+class Upload:
+    """One try. ``at``, when it is given, is an upload that the registry has begun."""
+
+    def __init__(self, door: Door, repo: str, digest: str, at: URL | None) -> None:
+        self._door, self._path, self._repo, self._digest = door, f"/v2/{repo}", repo, digest
         self._at = at
         self._sent = 0
         self._seen = hashlib.sha256()
@@ -61,14 +78,14 @@ class Upload:
                 return
             headers = {"Content-Type": "application/octet-stream", "Content-Range": f"{self._sent}-{end - 1}"}
             try:
-                done = await self._door.ask("PATCH", at, about=self._about, ok=(202, 204, 416), repo=self._repo,
+                done = await self._door.ask("PATCH", at, about=self._about, ok=(202, 204, 404, 416), repo=self._repo,
                                             headers=headers, data=rest, tries=1)
             except Unavailable:
                 if attempt == TRIES:
                     raise
                 await pause(attempt)
             else:
-                if done.status != 416:
+                if done.status not in (404, 416):
                     self._at = self._door.location(done.headers, done.url)
                     self._sent = end
                     return
@@ -76,15 +93,16 @@ class Upload:
             at = await self._begin()
 
     async def _ask_offset(self, low: int, high: int) -> None:
-        """How much the registry has. Unavailable when it lost what is not in our hands any more."""
+        """How much the registry has. Lost when that is not what is in our hands; so is it always where a registry signs
+        the offset of an upload, and took more than it told (CNCF Distribution)."""
         try:
             told = await self._door.ask("GET", await self._begin(), about=self._about, ok=(204, 200), repo=self._repo)
         except NotFound as exc:
-            raise Unavailable(f"{self._about}: the registry {self._door.host} lost the upload; try again") from exc
+            raise Lost(f"{self._about}: the registry {self._door.host} lost the upload; try again") from exc
         self._sent = _offset(told)
         if not low <= self._sent <= high:
-            raise Unavailable(f"{self._about}: the registry {self._door.host} has {self._sent} bytes of it, where "
-                              f"{low} were taken; try again")
+            raise Lost(f"{self._about}: the registry {self._door.host} has {self._sent} bytes of it, where {low} were "
+                       "taken; try again")
         with suppress(Unavailable):
             self._at = self._door.location(told.headers, told.url)
 
@@ -104,10 +122,12 @@ class Upload:
             try:
                 await self._door.ask("PUT", at, about=self._about, ok=(201, 204), repo=self._repo, data=last, tries=1,
                                      headers={"Content-Type": "application/octet-stream"})
-            except (Unavailable, NotFound):  # the answer may be all that was lost
+            except (Unavailable, NotFound) as exc:  # the answer may be all that was lost
                 if await self._kept():
                     break
-                if attempt == TRIES or self._sent:
+                if self._sent:
+                    raise Lost(f"{self._about}: the registry {self._door.host} did not keep it; try again") from exc
+                if attempt == TRIES:
                     raise
                 await pause(attempt)
                 self._at = None  # all of it is in our hands: a new upload is the surest

@@ -162,7 +162,7 @@ class Build:
         lock = given or await self.stored_lock(where)
         if lock is None:
             lock = await self.resolved()
-        await self.ctx.blobs.put(where, store.chunks(lock.text.encode()))
+        await self.ctx.blobs.put(where, store.Chunks(lock.text.encode()))
         names = ", ".join(p.text for p in lock.pins)
         self.log.note(f"locked {len(lock.pins)} packages: {names}" if lock.pins else EMPTY)
         return lock
@@ -249,13 +249,13 @@ class Build:
         doc, images = self.doc, self.ctx.images
         config = oci_config(doc.platform, doc.env, self.layers, self.base)
         body = manifest(config, self.layers, self.base)
-        await images.put_blob(doc.repo, digest_of(config), store.chunks(config))
+        await images.put_blob(doc.repo, digest_of(config), store.Chunks(config))
         try:
             digest = await images.put_manifest(doc.repo, doc.tag, body, MANIFEST)
         except Invalid as exc:
             raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
         bill = sbom(doc, digest, self.packages)
-        await self.ctx.blobs.put(image_key(doc.workspace, doc.id, "sbom"), store.chunks(bill))
+        await self.ctx.blobs.put(image_key(doc.workspace, doc.id, "sbom"), store.Chunks(bill))
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
         return Result(digest, size, digest_of(lock.text.encode()), doc.python_version)
 

@@ -11,7 +11,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import BuildFailed, Unavailable
+from ..core.errors import BuildFailed, Denied, ModelyardError, Unavailable
 from ..core.layout import image_prefix
 from ..kernel.service import Change, Context, Loop
 from . import sources
@@ -44,15 +44,16 @@ async def build(ctx: Context, doc: Image) -> Change[Image]:
         result = await Build(ctx, doc, log, scratch).run()
     except BuildFailed as exc:
         return await _over(ctx, doc, log, exc.message)
-    except Unavailable as exc:
+    except (Unavailable, Denied) as exc:  # Denied: of a store of ours, to which somebody will let us in
         await log.line(f"interrupted: {exc.message}; trying again soon")
         raise
     except Exception as exc:  # a fault of ours: the loop logs and repeats it, but not for ever
         if doc.attempts < FAULTS:
             raise
         log_fault.exception("image %s is given up after %d attempts", doc.id, doc.attempts + 1)
-        return await _over(ctx, doc, log, f"the builder failed {doc.attempts + 1} times ({type(exc).__name__}); "
-                                          "the server's log says where")
+        told = f": {exc.message}" if isinstance(exc, ModelyardError) else f" ({type(exc).__name__})"
+        return await _over(ctx, doc, log, f"the builder failed {doc.attempts + 1} times{told}; the server's log says "
+                                          "where")
     finally:
         await scratch.clear()
     log.note(f"built {result.digest}, {result.size / 1e6:.1f} MB, in {time.monotonic() - began:.2f} s")

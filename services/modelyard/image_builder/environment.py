@@ -83,7 +83,7 @@ class Environments:
         if path is None:
             return await store.there(self.ctx, self.doc, [layer])
         try:
-            await self.ctx.images.put_blob(self.doc.repo, layer.digest, store.chunks(path))
+            await self.ctx.images.put_blob(self.doc.repo, layer.digest, store.Chunks(path))
         except (Invalid, OSError):
             await asyncio.to_thread(self.cache.drop, BLOBS, _hex(layer))
             return False

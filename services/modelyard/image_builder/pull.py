@@ -134,7 +134,7 @@ class Pull:
             if found != diff_id:
                 raise BuildFailed(f"the base's layer {digest[:19]} unpacks to {found[:19]}, its config says "
                                   f"{diff_id[:19]}")
-            await self.ctx.images.put_blob(self.doc.repo, digest, store.chunks(path))
+            await self.ctx.images.put_blob(self.doc.repo, digest, store.Chunks(path))
             size = (await asyncio.to_thread(path.stat)).st_size
         finally:
             await asyncio.to_thread(path.unlink, True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +24,20 @@ class _Absent(Exception):
 
 async def put(ctx: Context, doc: Image, made: Made) -> bool:
     """Stores a layer; False when it was there."""
-    return await ctx.images.put_blob(doc.repo, made.layer.digest, chunks(made.source))
+    return await ctx.images.put_blob(doc.repo, made.layer.digest, Chunks(made.source))
 
 
-async def chunks(source: Path | bytes) -> AsyncIterator[bytes]:
-    """A file or bytes as a stream."""
+@dataclass(frozen=True)
+class Chunks:
+    """A file or bytes as a stream that can be read again."""
+
+    source: Path | bytes
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return _read(self.source)
+
+
+async def _read(source: Path | bytes) -> AsyncIterator[bytes]:
     if isinstance(source, bytes):
         yield source
         return

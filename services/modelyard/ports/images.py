@@ -14,7 +14,8 @@ class ImageStore(Port):
 
     @abstractmethod
     async def put_blob(self, repo: str, digest: str, chunks: AsyncIterable[bytes]) -> bool:
-        """Stores a blob; False when it was there already (then ``chunks`` is not read)."""
+        """Stores a blob; False when it was there already (then ``chunks`` is not read). Where an upload breaks off and
+        cannot be resumed, ``chunks`` that can be iterated over again are read again, and others are Unavailable."""
 
     @abstractmethod
     def get_blob(self, repo: str, digest: str, start: int = 0) -> AsyncIterator[bytes]:

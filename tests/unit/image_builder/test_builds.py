@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import tarfile
+from collections.abc import AsyncIterable
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,24 @@ async def test_a_build_waits_for_a_registry_that_is_away(yard: Yard) -> None:
     assert (await yard.call("GET", "/v1/images/patient:1")).json["phase"] == "queued"
     yard.images.peers.urls["registry"] = here
     assert (await yard.over("patient:1"))["phase"] == "ready"
+
+
+async def test_four_layers_go_up_at_once(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [await yard.register(f"model-{n}", b"weights %d" % n) for n in range(6)]
+    put, under_way, most, four = yard.images.images.put_blob, 0, 0, asyncio.Event()
+
+    async def counted(repo: str, digest: str, chunks: AsyncIterable[bytes]) -> bool:
+        nonlocal under_way, most
+        under_way, most = under_way + 1, max(most, under_way + 1)
+        if under_way == 4:
+            four.set()
+        if repo == "many" and not four.is_set():
+            await asyncio.wait_for(four.wait(), 10)
+        try:
+            return await put(repo, digest, chunks)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(yard.images.images, "put_blob", counted)
+    assert (await yard.small("many", models=models))["phase"] == "ready"
+    assert most == 4
