@@ -44,10 +44,8 @@ log = logging.getLogger(__name__)
 TABLE = "windows"
 LARGEST = 4 * 1024 * 1024
 SERIALIZERS = frozenset({"raw", "json"})
-LOOK_S = 5.0
-CHANGELOG_S = 30.0
-STOP_S = 15.0
-RETRY_S = 2.0
+LOOK_S, RETRY_S = 5.0, 2.0
+CHANGELOG_S, STOP_S = 30.0, 15.0
 EX_TEMPFAIL = 75
 EVENTS = Counter("modelyard_live_events_total", "Events that the live windows took in, by what came of them",
                  ["outcome"], registry=REGISTRY)
@@ -93,6 +91,12 @@ class Live:
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         app.agent(app.topic(*self.topics, key_serializer="raw", value_serializer="raw"), concurrency=1,
                   name="live")(self._follow)
+        app.on_rebalance_complete.connect(self._hold)
+
+    async def _hold(self, *_: Any, **__: Any) -> None:
+        """Faust resumes its partitions before it seeks to what was finished: what is fetched in between would be
+        passed over as a gap. So nothing is fetched until it starts the flow, which it does behind the seek."""
+        self.app.consumer.stop_flow()
 
     async def _follow(self, stream: Any) -> None:
         """One event after the other. Its offset is finished here, once its change is durable: left to Faust it would
@@ -119,8 +123,7 @@ class Live:
                 LATE.inc()
                 continue
             key = name.encode()
-            folded = live.fold(self.windows.data.get(key), patch)
-            if folded is not None:
+            if (folded := live.fold(self.windows.data.get(key), patch)) is not None:
                 changed = True
                 await self._write(partition, key, folded)
         EVENTS.labels("counted" if changed else "known").inc()
@@ -131,13 +134,11 @@ class Live:
         would send it some time later, and an offset finished in between would lose it in a crash."""
         if value is not None and len(orjson.dumps(value)) > LARGEST:
             raise Invalid(f"the window {key.decode()} is larger than {LARGEST} bytes: too many segments to be live")
-        serializer = "raw" if value is None else "json"
         async with asyncio.timeout(CHANGELOG_S):
-            await self.windows.send_changelog(partition, key, value, value_serializer=serializer)
+            await self.windows.send_changelog(partition, key, value, value_serializer="json" if value else "raw")
+        self.windows.data[key] = value
         if value is None:
-            self.windows.data.pop(key, None)
-        else:
-            self.windows.data[key] = value
+            del self.windows.data[key]
         WINDOWS.set(len(self.windows.data))
 
     async def _sweep(self, partition: int, now: float) -> None:
@@ -160,8 +161,8 @@ class Live:
     def show(self, workspace: str, deployment: str) -> list[dict[str, Any]]:
         """The live windows of a deployment, in order of time."""
         now, found = self.now(), []
-        newest = window_of(int(now), WINDOW_S) + WINDOW_S  # clocks differ: the next one may have begun elsewhere
-        for start in range(newest - live.KEEP_S - 2 * WINDOW_S, newest + WINDOW_S, WINDOW_S):
+        first = window_of(int(now) - live.KEEP_S, WINDOW_S) - WINDOW_S
+        for start in range(first, int(now) + 2 * WINDOW_S, WINDOW_S):  # clocks differ: the next may have begun elsewhere
             value = self.windows.data.get(live.key_of(workspace, deployment, start).encode())
             if value is not None and not live.expired(start, now):
                 found += live.answers(deployment, value)
@@ -183,6 +184,14 @@ def changelog(kafka: StreamKafka) -> str:
     return f"{kafka.link.name(NAME)}-{TABLE}-changelog"
 
 
+async def stopped(app: faust.App, within_s: float = STOP_S) -> None:
+    """Stops Faust. TimeoutError when it does not end in time: it heeds no cancellation while it waits for an event."""
+    stopping = asyncio.ensure_future(app.stop())
+    done, _ = await asyncio.wait({stopping}, timeout=within_s)
+    if not done:
+        raise TimeoutError("Faust does not stop")
+
+
 class Worker:
     """One worker: waits for Kafka, runs Faust, and looks after it. ``site`` says how it is."""
 
@@ -200,8 +209,7 @@ class Worker:
             await here.app.start()
             await self._look_after(here)
         finally:
-            async with asyncio.timeout(STOP_S):
-                await here.app.stop()
+            await stopped(here.app)
 
     async def _prepared(self) -> None:
         while True:
@@ -266,8 +274,7 @@ async def run(settings: Settings, *, ready: Callable[[str, list[str]], None] | N
         stack.push_async_callback(server.stop)
         port = settings.port if settings.port is not None else called.port or DEFAULT_PORT
         site.url = f"http://{name}:{await server.start(settings.host, port)}"
-        if ready is not None:
-            ready(site.url, [NAME])
+        (ready or (lambda *_: None))(site.url, [NAME])
         await _until(stop, Worker(kafka, site, settings.data / "stream"))
 
 
@@ -292,5 +299,4 @@ async def _until(stop: asyncio.Event, worker: Worker) -> None:
 
 def _reached_at(host: str) -> str:
     """How other workers reach this one when it listens on ``host``."""
-    plain = host.strip("[]")
-    return socket.gethostname() if plain in ("0.0.0.0", "::", "") else f"[{plain}]" if ":" in plain else plain
+    return socket.gethostname() if host.strip("[]") in ("0.0.0.0", "::", "") else host
