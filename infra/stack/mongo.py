@@ -22,19 +22,23 @@ ALREADY = 23  # AlreadyInitialized
 
 
 class Mongo(Server):
-    """Journaled, on loopback, with a small cache. ``replica_set=False``: a lone server, which Modelyard refuses."""
+    """Journaled, on loopback, with a small cache. ``replica_set=False``: a lone server, which Modelyard refuses.
+    ``password``: of the user ``root``, without whom nothing is allowed."""
 
     name = "mongo"
     version = "6.0.5"
     start_s = 60.0
 
-    def __init__(self, folder: Path | None = None, port: int = 0, *, replica_set: bool = True) -> None:
+    def __init__(self, folder: Path | None = None, port: int = 0, *, replica_set: bool = True,
+                 password: str = "") -> None:
         super().__init__(folder, port)
-        self.replica_set = replica_set
+        self.replica_set, self.password = replica_set, password
 
     @property
     def url(self) -> str:
-        return f"mongodb://127.0.0.1:{self.port}/" + (f"?replicaSet={SET}" if self.replica_set else "")
+        user = f"root:{self.password}@" if self.password else ""
+        query = ([f"replicaSet={SET}"] if self.replica_set else []) + (["authSource=admin"] if user else [])
+        return f"mongodb://{user}127.0.0.1:{self.port}/" + ("?" + "&".join(query) if query else "")
 
     @classmethod
     def missing(cls) -> str:
@@ -64,8 +68,16 @@ class Mongo(Server):
             shutil.rmtree(cls.home(), ignore_errors=True)
             draft.rename(cls.home())
 
+    def _prepare(self) -> None:
+        if self.password:
+            key = self.folder / "key"
+            key.unlink(missing_ok=True)
+            key.write_text("bW9kZWx5YXJk" * 4)  # members of a set with users know each other by it
+            key.chmod(0o400)
+
     def _command(self) -> Sequence[str]:
-        set_ = ("--replSet", SET, "--oplogSize", "256") if self.replica_set else ()
+        set_ = ["--replSet", SET, "--oplogSize", "256"] if self.replica_set else []
+        set_ += ["--keyFile", str(self.folder / "key")] if self.password else []
         return [str(self.home() / BINARY), "--dbpath", str(self.data), "--bind_ip", "127.0.0.1",
                 "--port", str(self.port), *set_, "--wiredTigerCacheSizeGB", "0.25", "--nounixsocket",
                 "--setParameter", "diagnosticDataCollectionEnabled=false", "--quiet"]
@@ -86,11 +98,19 @@ class Mongo(Server):
             with self._admin() as ask:
                 told = ask("hello")
                 if told.get("isWritablePrimary"):
+                    self._user(ask)
                     return
                 if told.get("isreplicaset"):  # started as a member, and of no set yet
                     ask("replSetInitiate", wanted)
             time.sleep(0.02)
         raise StackError(f"mongo: no primary after {self.start_s:.0f} s; the end of {self.log}:\n{self.tail()}")
+
+    def _user(self, ask: Any) -> None:
+        """Makes the user when there is none: from this machine that one thing is allowed without one."""
+        marked = self.folder / "user"
+        if self.password and not marked.exists():
+            ask("createUser", "root", pwd=self.password, roles=["root"])
+            marked.touch()
 
     @contextlib.contextmanager
     def _admin(self) -> Iterator[Any]:
