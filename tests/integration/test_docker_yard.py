@@ -34,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
 def yard(server: Docker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
     """Its services apart, so that the deployer can be away while its containers serve."""
     data = tmp_path_factory.mktemp("docker-yard") / "data"
-    targets = {"local": "process://", "docker": server.url}
+    targets = {"local": "process://", "docker": server.url, "nowhere": f"docker://{data}/no.sock"}
     yard = Yard.start("apart", data, MODELYARD_TARGETS=",".join(f"{k}={v}" for k, v in targets.items()))
     try:
         yield yard
@@ -84,6 +84,24 @@ def test_an_image_without_a_base_is_refused(yard: Yard, images: list[str]) -> No
     assert refused.status in (400, 422) and b"build it with base" in refused.body
 
 
+def test_an_engine_that_is_not_there_is_told_of_and_waited_for(yard: Yard, images: list[str]) -> None:
+    made = yard.call("POST", "/v1/deployments", {"name": "lost", "image": images[0], "target": "nowhere"})
+    assert made.status == 202
+
+    def told() -> list[str]:
+        doc = yard.call("GET", "/v1/deployments/lost").json
+        assert doc["phase"] in ("pending", "progressing"), "an engine that is away is no failure of a deployment"
+        return [c["message"] for c in doc["conditions"] if "no Docker Engine answers at" in c["message"]]
+
+    said, = until(told, 20)
+    assert "start it" in said and yard.call("GET", "/readyz", service="deployer").status == 200
+    log = yard.log("deployer")
+    assert log.count("'lost' waits for its target 'nowhere'") == 1 and "Traceback" not in log
+    assert "Traceback" not in yard.log("deployer")
+    yard.call("DELETE", "/v1/deployments/lost?wait=20")
+    assert yard.call("GET", "/v1/deployments/lost").status == 404, "nothing was ever started, so nothing is in the way"
+
+
 def test_the_journey(yard: Yard, images: list[str], engine: docker.DockerClient) -> None:
     answer = yard.call("POST", "/v1/deployments", {
         "name": "iris", "image": images[0], "target": "docker", "replicas": 2, "capture": {"enabled": True}})
@@ -100,7 +118,7 @@ def test_the_journey(yard: Yard, images: list[str], engine: docker.DockerClient)
     for one in containers(engine):
         one.remove(force=True)
     until(lambda: yard.call("GET", "/v1/deployments/iris").json["replicas_ready"] == 2 and len(containers(engine)) == 2,
-          15, why="containers that were removed are back")
+          60, why="containers that were removed are back")
 
     second = change(yard, image=images[1])
     assert second["endpoints"] == first["endpoints"] and second["models"] == ["iris:2"]

@@ -49,7 +49,7 @@ class DockerTarget(SupervisedTarget):
     async def check(self) -> None:
         if not sys.platform.startswith("linux"):
             raise Unavailable("the docker target needs Linux: containers share sockets with this machine")
-        await in_thread(self._engine.ping)
+        await in_thread(self._engine.check)
         await super().check()
 
     async def list(self) -> list[tuple[str, str]]:
@@ -59,6 +59,7 @@ class DockerTarget(SupervisedTarget):
         return sorted({*await self._folders(), *theirs})
 
     async def _template(self, workload: Workload, run: Path) -> dict[str, Any]:
+        await in_thread(self._engine.check)
         placed = await self._images.place(workload.repo, workload.digest)
         root = os.geteuid() == 0
         await in_thread(_give_spool, run / "spool", USER if root else None)

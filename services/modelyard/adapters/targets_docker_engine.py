@@ -26,7 +26,8 @@ from ..core.errors import Invalid, ModelyardError, NotFound, Unavailable
 
 SOCKET = "/var/run/docker.sock"
 LABEL = "dev.modelyard."
-TIMEOUT_S = 60
+TIMEOUT_S, LOAD_S = 30, 600
+"""How long the engine may be silent; unpacking what it was sent takes as long as that takes."""
 PIDS = 1024
 TMP = "rw,nosuid,nodev,mode=1777,size=256m"
 LOG = {"max-size": "4m", "max-file": "2"}
@@ -69,21 +70,30 @@ class Engine:
 
     def __init__(self, url: str) -> None:
         self.host = host_of(url)
-        self._client: docker.APIClient | None = None
+        self._clients: dict[int, docker.APIClient] = {}
         self._lock = threading.Lock()
 
-    def ping(self) -> None:
-        """Unavailable, naming what to do, when it does not answer."""
+    def check(self) -> None:
+        """Unavailable, naming what to do, when it does not answer; Invalid when it is none for us."""
         with self._door("the engine cannot be asked"):
-            self._api.ping()
+            about = self._api.info()
+        if about.get("OSType") != "linux":
+            raise Invalid(f"the engine at {self.host} runs {about.get('OSType')} containers, and ours are for Linux")
+        if any("rootless" in option for option in about.get("SecurityOptions") or ()):
+            raise Invalid(f"the engine at {self.host} is rootless: its containers cannot share files with this user; "
+                          "use an engine of the system, or the local target")
 
     def start(self, plan: Plan) -> str:
-        """The id of a container that runs: nothing of the machine but its folders, no rights, no way to get any."""
+        """The id of a container that runs: nothing of the machine but its folders, no rights, no way to get any.
+        Repeating is fine: what an earlier try left under this name goes."""
         with self._door(f"the container {plan.name} cannot be started"):
-            made = self._api.create_container(
-                plan.image, list(plan.command), name=plan.name, environment=dict(plan.env),
-                entrypoint=list(plan.entry), user=plan.user, host_config=self._limits(plan),
-                labels={f"{LABEL}{name}": value for name, value in plan.labels.items()})
+            try:
+                made = self._create(plan)
+            except APIError as exc:
+                if exc.status_code != 409:
+                    raise
+                self.remove(plan.name)
+                made = self._create(plan)
             try:
                 self._api.start(made["Id"])
             except BaseException:
@@ -91,13 +101,20 @@ class Engine:
                 raise
             return str(made["Id"])
 
+    def _create(self, plan: Plan) -> dict[str, Any]:
+        made: dict[str, Any] = self._api.create_container(
+            plan.image, list(plan.command), name=plan.name, environment=dict(plan.env), entrypoint=list(plan.entry),
+            user=plan.user, host_config=self._limits(plan),
+            labels={f"{LABEL}{name}": value for name, value in plan.labels.items()})
+        return made
+
     def _limits(self, plan: Plan) -> Any:
         gpus = [docker.types.DeviceRequest(count=plan.gpu, capabilities=[["gpu"]])] if plan.gpu else None
         return self._api.create_host_config(
             read_only=True, tmpfs={"/tmp": TMP}, cap_drop=["ALL"], security_opt=["no-new-privileges:true"],
             mounts=[Mount(inside, here, "bind") for inside, here in plan.folders.items()], network_mode=plan.network,
             nano_cpus=int(plan.cpu * 1e9) if plan.cpu else None, mem_limit=plan.memory, memswap_limit=plan.memory,
-            pids_limit=PIDS, device_requests=gpus, restart_policy={"Name": "no"},
+            pids_limit=PIDS, userns_mode="host", device_requests=gpus, restart_policy={"Name": "no"},
             log_config=LogConfig(type="json-file", config=LOG))
 
     def state(self, container: str) -> State | None:
@@ -165,7 +182,7 @@ class Engine:
     def load(self, archive: Iterable[bytes]) -> None:
         """Images out of a docker-archive, as its bytes come."""
         with self._door("the image cannot be loaded"):
-            for line in self._api.load_image(archive, quiet=True):
+            for line in self._patient(LOAD_S).load_image(archive, quiet=True):
                 if "error" in line:
                     raise Invalid(f"the engine does not take the image: {line['error']}")
 
@@ -203,10 +220,13 @@ class Engine:
 
     @property
     def _api(self) -> docker.APIClient:
+        return self._patient(TIMEOUT_S)
+
+    def _patient(self, seconds: int) -> docker.APIClient:
         with self._lock:
-            if self._client is None:  # it asks the engine for its version, so it is not made before it is needed
-                self._client = docker.APIClient(self.host, version="auto", timeout=TIMEOUT_S, num_pools=64)
-            return self._client
+            if seconds not in self._clients:  # making one asks the engine for its version: not before it is needed
+                self._clients[seconds] = docker.APIClient(self.host, version="auto", timeout=seconds, num_pools=64)
+            return self._clients[seconds]
 
     @contextlib.contextmanager
     def _door(self, what: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ Whoever opens the same data folder finds supervisors by their folders and goes o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from abc import abstractmethod
@@ -97,13 +98,14 @@ class SupervisedTarget(DeploymentTarget):
     async def remove(self, workspace: str, name: str) -> None:
         run = self._run(workspace, name)
         async with self._turn.setdefault(run, asyncio.Lock()):
-            here = await in_thread(run.is_dir)
-            if here:
+            if await in_thread(run.is_dir):
                 await self._stop(run)
-            await self._sweep(workspace, name)
-            if here:
+                await self._sweep(workspace, name)
                 await in_thread(runs.ship, run, name)
                 await in_thread(runs.delete, run)
+            else:
+                with contextlib.suppress(Unavailable):  # its folder comes first; if it was lost, ``list`` still tells
+                    await self._sweep(workspace, name)
         self._turn.pop(run, None)
         await self._collect()
 

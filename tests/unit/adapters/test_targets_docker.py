@@ -50,7 +50,7 @@ def test_a_port_where_nobody_listens_is_said_with_the_fix() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         with pytest.raises(Unavailable, match="no Docker Engine answers"):
-            Engine(f"docker://127.0.0.1:{free.getsockname()[1]}").ping()
+            Engine(f"docker://127.0.0.1:{free.getsockname()[1]}").check()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not use a socket")
@@ -63,7 +63,7 @@ def test_an_engine_that_refuses_us_is_said_with_the_fix(tmp_path: Path) -> None:
             code = ("import os; from modelyard.adapters.targets_docker_engine import Engine\n"
                     "import docker, requests\n"
                     f"engine = Engine('docker://{server.getsockname()}'); os.seteuid(65534)\n"
-                    "try: engine.ping()\n"
+                    "try: engine.check()\n"
                     "except Exception as exc: print(type(exc).__name__, exc)\n")
             said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout
         finally:
