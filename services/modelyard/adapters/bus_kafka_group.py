@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
@@ -22,6 +24,7 @@ from .bus_kafka_ends import leave
 from .bus_kafka_lane import Lane
 from .bus_kafka_link import FAILURES, Link
 
+log = logging.getLogger(__name__)
 LANE_WINDOW, WINDOW = 128, 1024
 """Records of one partition, and of all, that may be taken and unfinished; a full partition is paused, not left."""
 COMMIT_EVERY_S = 0.15
@@ -33,6 +36,8 @@ AWAY_S = 6.0
 SILENT_S = 12.0
 POLL_S = 300.0
 REBALANCE_S = 20.0
+RESTLESS, RESTLESS_S = 8, 30.0
+"""So many deals in so many seconds are no members coming and going."""
 LOST = (errors.CommitFailedError, errors.IllegalStateError)
 """A commit for partitions that are another's by now."""
 
@@ -70,6 +75,7 @@ class Member(AsyncIterator[Delivery]):
         self._acked, self._dirty = asyncio.Event(), asyncio.Event()
         self._taken, self._full, self._leaving = 0, False, False
         self._seen: dict[TopicPartition, tuple[int, float]] = {}
+        self._deals: deque[float] = deque(maxlen=RESTLESS)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def join(self) -> None:
@@ -211,6 +217,11 @@ class Member(AsyncIterator[Delivery]):
         self._drop(self._lanes)
         self._lanes = {p: Lane(self._how.topics.get(p.topic, p.topic), p.partition) for p in partitions}
         self._seen.clear()
+        self._deals.append(time.monotonic())
+        if len(self._deals) == RESTLESS and self._deals[-1] - self._deals[0] < RESTLESS_S:
+            self._deals.clear()
+            log.warning("the partitions of the group %s are dealt anew all the time; does each process have an "
+                        "instance= of its own in bus=?", self._how.group)
 
     def _drop(self, lanes: dict[TopicPartition, Lane]) -> None:
         for lane in lanes.values():
