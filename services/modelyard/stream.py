@@ -162,7 +162,7 @@ class Live:
         """The live windows of a deployment, in order of time."""
         now, found = self.now(), []
         first = window_of(int(now) - live.KEEP_S, WINDOW_S) - WINDOW_S
-        for start in range(first, int(now) + 2 * WINDOW_S, WINDOW_S):  # clocks differ: the next may have begun elsewhere
+        for start in range(first, int(now) + 2 * WINDOW_S, WINDOW_S):  # one more: clocks differ
             value = self.windows.data.get(live.key_of(workspace, deployment, start).encode())
             if value is not None and not live.expired(start, now):
                 found += live.answers(deployment, value)
