@@ -99,6 +99,10 @@ class HumanLines(logging.Formatter):
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
+TALKATIVE = ("azure", "aiokafka", "pymongo", "docker", "urllib3")
+"""Drivers that log each request, or each step of every connection, as information."""
+
+
 def setup_logging(level: str = "INFO", *, human: bool | None = None, stream: TextIO | None = None) -> None:
     """Logs of the whole process to ``stream`` (stderr). ``human`` None: human-readable on a terminal, else JSON.
 
@@ -113,6 +117,8 @@ def setup_logging(level: str = "INFO", *, human: bool | None = None, stream: Tex
             root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level.upper())
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING if root.level >= logging.INFO else logging.NOTSET)
 
 
 class Once:
