@@ -99,7 +99,7 @@ class HumanLines(logging.Formatter):
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
-TALKATIVE = ("azure", "aiokafka", "pymongo", "docker", "urllib3")
+TALKATIVE = ("azure", "pymongo", "docker", "urllib3")
 """Drivers that log each request, or each step of every connection, as information."""
 
 
