@@ -19,7 +19,8 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from .adapters import urls
-from .core.errors import Invalid
+from .adapters.store_late import LateStore
+from .core.errors import Invalid, Unavailable
 from .kernel.folder import lock, prepare, service_token
 from .kernel.forward import Peers
 from .kernel.guard import Guard
@@ -104,13 +105,24 @@ async def opened(settings: Settings, names: Sequence[str] = ()) -> AsyncIterator
         parts = await _open(stack, settings, wanted, peers)
         needed: dict[str, Port] = {f"store of {h.service.name}": h.context.store for h in parts.hosted}
         for port in needed.values():
-            await port.check()
+            await _there(port)
         server = Server(build(parts.hosted, house, bus=parts.bus, peers=peers, guard=guard, needed=needed))
         stack.push_async_callback(server.stop)
         number = await server.start(settings.host, _port(settings, wanted, house))
         url = f"http://{_address(settings.host)}:{number}"
         peers.urls.update({s.name: url for s in wanted})
         yield Node(url, server, parts)
+
+
+async def _there(store: Port) -> None:
+    """A file that cannot be used is told at once. A server that does not answer is waited for: this node answers
+    meanwhile, `/readyz` says what is missing, and nothing has to be started again."""
+    try:
+        await store.check()
+    except Unavailable as exc:
+        if not isinstance(store, LateStore):
+            raise
+        log.warning("not ready, and waiting: %s", exc)
 
 
 async def _open(stack: AsyncExitStack, settings: Settings, wanted: Sequence[Service], peers: Peers) -> Parts:
@@ -129,7 +141,7 @@ async def _open(stack: AsyncExitStack, settings: Settings, wanted: Sequence[Serv
             targets[name] = keep(await urls.open_target(name, url, images=images, data=settings.data, ends=ends))
     hosted, wakes = [], {}
     for service in wanted:
-        store = keep(await urls.open_store(settings.store, service.name))
+        store = keep(await urls.open_store_late(settings.store, service.name))
         wakes[service.name] = Wakes()
         hosted.append(Hosted(service, Context(
             service=service.name, store=store, blobs=blobs, images=images, grants=grants, targets=targets,

@@ -22,6 +22,7 @@ from ..ports.bus import EventBus
 from ..ports.images import ImageStore
 from ..ports.store import DocumentStore
 from ..ports.targets import DeploymentTarget
+from .store_late import LateStore
 
 if TYPE_CHECKING:
     from .bus_kafka_stream import StreamKafka
@@ -69,6 +70,14 @@ async def open_store(url: str, service: str) -> DocumentStore:
     class_, where = await asyncio.to_thread(_adapter, "store", url, STORES)  # drivers take long to import
     store: DocumentStore = await class_.open(where.place, service, **where.options)
     return store
+
+
+async def open_store_late(url: str, service: str) -> DocumentStore:
+    """As ``open_store``; a store on a server is opened when that answers, and Unavailable until then."""
+    class_, where = _adapter("store", url, STORES)
+    if not isinstance(where.place, str):
+        return await open_store(url, service)
+    return LateStore(lambda: class_.open(where.place, service, **where.options))
 
 
 async def open_bus(url: str) -> EventBus:
