@@ -365,6 +365,12 @@ async def test_what_is_no_registry(gate: Gate) -> None:
     await store.close()
 
 
+async def test_an_answer_without_an_end(images: RegistryImages, gate: Gate) -> None:
+    gate.plan("manifests", status=200, body=bytes(9 * MB))
+    with pytest.raises(Invalid, match="more than"):
+        await images.get_manifest("iris", "1")
+
+
 async def test_nobody_there_and_no_tls_there(gate: Gate, registry: Registry) -> None:
     for url, told in (("oci://127.0.0.1:9/x", "does not answer"),
                       (f"oci://127.0.0.1:{registry.port}/x?tls=on", r"\?tls=off")):

@@ -23,7 +23,6 @@ from .images_registry_known import Known
 from .images_registry_upload import send
 
 CHUNK = 1 << 20
-LARGEST_MANIFEST = 8 << 20
 SIDE_BY_SIDE = 8
 TAGS_A_PAGE = 1000
 MANIFESTS = ", ".join((

@@ -27,6 +27,8 @@ CONNECT_S = 10.0
 EARLY_S = 10.0
 """A token is renewed so long before it lapses."""
 SAID = 4096
+LARGEST = 8 << 20
+"""Bytes of an answer that is no blob: twice what a manifest may have."""
 CHALLENGE = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 BROKEN = (aiohttp.ClientError, TimeoutError, ConnectionError, OSError, ssl.SSLError)
 """What a cut or silent connection raises here."""
@@ -67,7 +69,7 @@ class Door:
             try:
                 async with asyncio.timeout(self._timeout_s), \
                         self.opened(method, path, repo=repo, headers=headers, data=data) as answer:
-                    reply = Reply(answer.status, answer.headers, await answer.read(), answer.url)
+                    reply = Reply(answer.status, answer.headers, await self._whole(answer, about), answer.url)
             except BROKEN as exc:
                 if attempt == tries:
                     raise self.broken(about, exc) from exc
@@ -97,6 +99,14 @@ class Door:
                         continue
                 yield answer
                 return
+
+    async def _whole(self, answer: aiohttp.ClientResponse, about: str) -> bytes:
+        body = b""
+        async for chunk in answer.content.iter_any():
+            body += chunk
+            if len(body) > LARGEST:
+                raise Invalid(f"{about}: the registry {self.host} answers with more than {LARGEST} bytes")
+        return body
 
     def location(self, answer: Mapping[str, str], asked: URL) -> URL:
         """Where an upload goes on. Unavailable when the registry does not say."""

@@ -11,7 +11,7 @@ import typer
 
 from .folder import found
 from .images import built
-from .options import Env, Output, Tags, connect, pairs
+from .options import Base, Env, Output, Tags, connect, pairs
 from .show import Format, Steps, document
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def deploy(
     model: Annotated[str | None, typer.Option(help="Another name for the model.")] = None,
     image: Annotated[str | None, typer.Option(help="Another name for the image.")] = None,
     target: Annotated[str, typer.Option(help="Where it runs: a name in the settings.")] = "local",
+    base: Base = None,
     replicas: Annotated[int | None, typer.Option(min=1, help="How many replicas.")] = None,
     capture: Annotated[bool, typer.Option("--capture/--no-capture", help="Record every call.")] = True,
     trust: Annotated[bool, typer.Option("--trust", help="A joblib or pickle file may run code when it is loaded, and "
@@ -41,7 +42,7 @@ def deploy(
             models = []
             if parts.model is not None:
                 models.append(_register(yard, steps, model or name, parts.model, trust, pairs(tag, "--tag")))
-            built_image = _build(yard, steps, image or name, models, parts.score, parts.requirements)
+            built_image = _build(yard, steps, image or name, models, parts.score, parts.requirements, base)
         service = _run(yard, steps, name, built_image, target, replicas, capture, pairs(env, "--env"))
     if output is not Format.table:
         document(service.document, output, "Deployment")
@@ -61,9 +62,10 @@ def _register(
 
 def _build(
     yard: Client, steps: Steps, name: str, models: list[str], score: Path | None, requirements: Path | None,
+    base: str | None,
 ) -> str:
     steps.start(f"building {name}")
-    wanted: dict[str, Any] = {"kind": "Image", "name": name, "models": models}
+    wanted: dict[str, Any] = {"kind": "Image", "name": name, "models": models, **({"base": base} if base else {})}
     if score is not None:
         wanted["score"] = str(score.resolve())
     if requirements is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import (
+    Base,
     Description,
     ImageRef,
     Limit,
@@ -59,7 +60,7 @@ def build(
     lock: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A lock to use as it is.")] = None,
     python: Annotated[str | None, typer.Option(help="For example 3.11.")] = None,
     platform: Annotated[str | None, typer.Option(help="linux/amd64 or linux/arm64.")] = None,
-    base: Annotated[str | None, typer.Option(help="A base image; none: runs on the local target only.")] = None,
+    base: Base = None,
     env: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Public environment, baked in.")] = None,
     tag: Tags = None, property: Properties = None, description: Description = None, wait: Wait = True,
     output: Output = Format.table,

@@ -48,6 +48,9 @@ ImageRef = Annotated[str, typer.Argument(
     help="iris-scorer:7, or iris-scorer (the highest ready version).", autocompletion=names("images"))]
 DeploymentRef = Annotated[str, typer.Argument(help="The deployment's name.", autocompletion=names("deployments"))]
 Output = Annotated[Format, typer.Option("--output", "-o", help="How to print it.")]
+Base = Annotated[str | None, typer.Option(
+    metavar="REFERENCE", help="What the image stands on: HOST/REPOSITORY:TAG or oci-layout:///FOLDER. None: it runs on "
+                              "the local target only.")]
 Tags = Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="K=V", help="A tag; repeat for more.")]
 Properties = Annotated[
     list[str] | None, typer.Option("--property", metavar="K=V", help="A write-once property; repeat for more.")]

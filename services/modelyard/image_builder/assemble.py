@@ -254,7 +254,7 @@ class Build:
             digest = await images.put_manifest(doc.repo, doc.tag, body, MANIFEST)
         except Invalid as exc:
             raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
-        bill = sbom(doc, digest, self.packages)
+        bill = sbom(doc, digest, self.packages, self.base)
         await self.ctx.blobs.put(image_key(doc.workspace, doc.id, "sbom"), store.Chunks(bill))
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
         return Result(digest, size, digest_of(lock.text.encode()), doc.python_version)

@@ -11,14 +11,16 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
+from .bases import Base
 from .config import encode
 from .model import Image, ModelInput
 
 
-def sbom(image: Image, digest: str, packages: Sequence[dict[str, str]]) -> bytes:
-    """``packages``: ``{"name", "version", "license"}`` of every distribution inside."""
+def sbom(image: Image, digest: str, packages: Sequence[dict[str, str]], base: Base | None = None) -> bytes:
+    """``packages``: ``{"name", "version", "license"}`` of every distribution inside. Of a base only its name and digest
+    are told."""
     root = f"image:{digest}"
-    parts = [*map(_package, packages), *map(_model, image.inputs)]
+    parts = [*map(_package, packages), *map(_model, image.inputs), *([_base(base)] if base is not None else ())]
     return encode({
         "bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1,
         "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, digest)}",
@@ -41,6 +43,10 @@ def _package(found: dict[str, str]) -> dict[str, Any]:
     if found.get("license"):
         out["licenses"] = [{"license": {"name": found["license"]}}]
     return out
+
+
+def _base(base: Base) -> dict[str, Any]:
+    return {"bom-ref": f"base:{base.digest}", "type": "container", "name": base.name, "hashes": [_hash(base.digest)]}
 
 
 def _model(model: ModelInput) -> dict[str, Any]:

@@ -107,6 +107,10 @@ async def test_the_base_lies_below_and_the_config_is_composed(yard: Yard, layout
         "ExposedPorts": {"8080/tcp": {}, "8081/tcp": {}},
         "Labels": {"io.modelyard.env": '{"COLOUR":"red","ORT_DISABLE_TELEMETRY":"1"}'}}
     assert doc["size"] > sum(part["size"] for part in manifest["layers"])
+    bill = json.loads((await yard.call("GET", f"/v1/images/{doc['id']}/sbom")).raw)
+    assert bill["components"][-1]["name"] == base
+    marks = manifest["annotations"]
+    assert bill["components"][-1]["hashes"][0]["content"] in marks["org.opencontainers.image.base.digest"]
     recipe = (await yard.call("GET", f"/v1/images/{doc['id']}/context")).raw
     with tarfile.open(fileobj=io.BytesIO(recipe)) as archive:
         assert not any(name.startswith(("usr", "etc")) for name in archive.getnames())
