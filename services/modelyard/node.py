@@ -12,15 +12,16 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 from .adapters import urls
 from .adapters.store_late import LateStore
-from .core.errors import Invalid, Unavailable
+from .core.errors import Invalid, ModelyardError, Unavailable
 from .kernel.folder import lock, prepare, service_token
 from .kernel.forward import Peers
 from .kernel.guard import Guard
@@ -147,6 +148,51 @@ async def _open(stack: AsyncExitStack, settings: Settings, wanted: Sequence[Serv
             service=service.name, store=store, blobs=blobs, images=images, grants=grants, targets=targets,
             peers=peers, data=settings.data, wake=wakes[service.name].wake, open_images=urls.open_images)))
     return Parts(bus, targets, hosted, wakes)
+
+
+LOOK_S = 12.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """One outside thing as it is found: ``trouble`` is "" when it answers, else what is wrong and what to do."""
+
+    name: str
+    url: str
+    trouble: str
+
+
+async def look(settings: Settings, servers_only: bool = False) -> list[Look]:
+    """Opens everything that the settings name and asks whether it works, side by side, each for ``LOOK_S``."""
+
+    async def at(name: str, url: str, opening: Callable[[], Awaitable[Port]]) -> Look:
+        try:
+            async with asyncio.timeout(LOOK_S):
+                port = await opening()
+                try:
+                    await port.check()
+                finally:
+                    await port.close()
+        except ModelyardError as exc:
+            return Look(name, urls.mask(url), exc.message)
+        except TimeoutError:
+            return Look(name, urls.mask(url), f"no answer within {LOOK_S:g} s; is it reachable from here?")
+        return Look(name, urls.mask(url), "")
+
+    async def target(name: str, url: str) -> Port:
+        images = await urls.open_images(settings.images)
+        try:
+            return await urls.open_target(name, url, images=images, data=settings.data)
+        finally:
+            await images.close()
+
+    things: list[tuple[str, str, Callable[[], Awaitable[Port]]]] = [
+        ("store", settings.store, lambda: urls.open_store(settings.store, "registry")),
+        ("bus", settings.bus, lambda: urls.open_bus(settings.bus)),
+        ("blobs", settings.blobs, lambda: urls.open_blobs(settings.blobs)),
+        ("images", settings.images, lambda: urls.open_images(settings.images)),
+        *((f"target {name}", url, partial(target, name, url)) for name, url in settings.targets.items())]
+    return list(await asyncio.gather(*(at(*thing) for thing in things if urls.on_server(thing[1]) or not servers_only)))
 
 
 def _port(settings: Settings, wanted: Sequence[Service], house: Sequence[Service]) -> int:

@@ -166,6 +166,12 @@ def _adapter(setting: str, url: str, table: Mapping[str, Adapter]) -> tuple[Any,
     return _load(setting, adapter), Where(Path("/" + unquote(parts.path).lstrip("/")), options)
 
 
+def on_server(url: str) -> bool:
+    """Whether the URL's adapter talks to a server, rather than working with files of this machine."""
+    scheme = url.partition(":")[0]
+    return any(table[scheme].network for table in (STORES, BUSES, BLOBS, IMAGES, TARGETS) if scheme in table)
+
+
 def _options(about: str, pairs: list[tuple[str, str]], known: Mapping[str, type]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, text in pairs:

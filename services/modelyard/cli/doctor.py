@@ -9,13 +9,16 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..core.errors import ModelyardError
 from .options import Output, connect
 from .show import Column, Format, documents
+
+if TYPE_CHECKING:
+    from ..settings import Settings
 
 ROUTES = {
     "registry": "/v1/models?limit=1", "image-builder": "/v1/images?limit=1", "deployer": "/v1/deployments?limit=1",
@@ -25,9 +28,15 @@ ROOM_BYTES = 2 * 10**9
 COLUMNS: list[Column] = ["ok", "check", "found", "fix"]
 
 
-def doctor(output: Output = Format.table) -> None:
-    """Looks at this machine and at the yard; exit 1 when something is missing."""
-    rows = [_python(), _machine(), _uv(), *_settings(), *_yard()]
+Config = Annotated[Path | None, typer.Option(dir_okay=False, help="The settings file: ./modelyard.toml if there.")]
+
+
+def doctor(config: Config = None, output: Output = Format.table) -> None:
+    """Looks at this machine, at what the settings name, and at the yard; exit 1 when something is missing.
+
+    Example: modelyard doctor --config modelyard.toml
+    """
+    rows = [_python(), _machine(), _uv(), *_settings(config), *_yard()]
     documents(rows, COLUMNS, output)
     if not all(row["ok"] for row in rows):
         raise typer.Exit(1)
@@ -54,11 +63,11 @@ def _uv() -> dict[str, Any]:
     return _row("uv", where is not None, where or "not found", f"{sys.executable} -m pip install uv")
 
 
-def _settings() -> list[dict[str, Any]]:
+def _settings(config: Path | None) -> list[dict[str, Any]]:
     from ..settings import load
 
     try:
-        settings = load()
+        settings = load(config)
     except ModelyardError as exc:
         return [_row("settings", False, exc.message, "mend MODELYARD_* in the environment, or modelyard.toml")]
     folder = settings.data
@@ -68,7 +77,19 @@ def _settings() -> list[dict[str, Any]]:
         _row("settings", True, "valid"),
         _row("data folder", writable, str(folder), "modelyard serve --data DIR, with a folder that you may write to"),
         _row("disk", free > ROOM_BYTES, f"{free / 1e9:.1f} GB free", f"free some space below {there}"),
+        *_outside(settings),
     ]
+
+
+def _outside(settings: Settings) -> list[dict[str, Any]]:
+    """Store, bus, blobs, images and targets, opened as a service would open them. A data folder that was never used
+    stays unmade."""
+    import asyncio
+
+    from ..node import look
+
+    seen = asyncio.run(look(settings, servers_only=not settings.data.exists()))
+    return [_row(thing.name, not thing.trouble, thing.url, thing.trouble) for thing in seen]
 
 
 def _yard() -> list[dict[str, Any]]:
