@@ -16,7 +16,7 @@ from ..core.errors import AlreadyApplied, Conflict, Invalid
 from ..core.events import Envelope
 from ..ports.store import DocumentStore, Pending
 from . import store_mongo_find as finding
-from .store_mongo_link import Feed, Link, passing, taken
+from .store_mongo_link import Feed, Link, taken
 from .store_search import plan
 
 D = TypeVar("D", bound=Document)
@@ -119,29 +119,26 @@ class MongoStore(DocumentStore):
                      update: Record | None) -> None:
         """One write, asked again while an election or a lost connection is between. An answer that was lost leaves
         open whether it was done: then the record is asked, whose tokens name the last commits."""
-        sure = True
 
         async def ask() -> bool:
-            nonlocal sure
+            if update is not None:
+                return (await self._docs.update_one(what, update)).matched_count == 1
             try:
-                if update is not None:
-                    return (await self._docs.update_one(what, update)).matched_count == 1
                 await self._docs.insert_one(what)
-                return True
             except Exception as exc:
                 if taken(exc):
                     return False
-                sure = sure and not passing(exc)
                 raise
+            return True
 
         if not await self._link.steady(ask):
-            await self._explain(doc, key, cause, token, sure)
+            await self._explain(doc, key, cause, token)
 
-    async def _explain(self, doc: Document, key: Record, cause: str | None, token: int, sure: bool) -> None:
-        """Why a write met no record: returns when it was our own, else raises. What is told here must outlast a
-        crash: read as a majority has it, and when we may have written it ourselves, as it stands now."""
-        docs = self._docs if sure else self._link.newest
-        told = await self._link.steady(lambda: docs.find_one({"_id": key}, {"r": 1, "c": 1, "n": 1}))
+    async def _explain(self, doc: Document, key: Record, cause: str | None, token: int) -> None:
+        """Why a write met no record: returns when it was our own, else raises. It is read as it stands now, once that
+        is sure: what is told here outlasts a crash, and whoever reads again after a Conflict meets what was in his
+        way."""
+        told = await self._link.steady(lambda: self._link.newest.find_one({"_id": key}, {"r": 1, "c": 1, "n": 1}))
         if told is not None and token in told["n"]:
             return
         if told is not None and cause is not None and cause in told["c"]:
