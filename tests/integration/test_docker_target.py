@@ -163,6 +163,8 @@ async def test_what_a_supervisor_that_died_left_running_makes_way(bench: Bench) 
     seen = await bench.serve(handmade.ECHO)
     orphan, = bench.containers()
     run = bench.data / "docker/docker/default/iris"
+    compiled, = (run / "compiled").iterdir()
+    assert list(compiled.rglob("dataplane.*.pyc")), "the next start of this image need not compile again"
     told = await bench.target._ask(run, {"op": "observe"})
     assert told is not None
     os.kill(told["pid"], signal.SIGKILL)

@@ -8,8 +8,10 @@ folder that a container shares with it: nothing of a container is published, and
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Self
@@ -77,11 +79,17 @@ class DockerTarget(SupervisedTarget):
 
     async def _collect(self) -> None:
         """That it could not is no reason to fail what was asked."""
-        keep = await in_thread(runs.digests_in_use, self._runs)
-        try:
-            await self._images.collect({*keep, *self._pinned})
-        except ModelyardError:
-            return
+        keep = {*await in_thread(runs.digests_in_use, self._runs), *self._pinned}
+        await in_thread(_forget_compiled, self._runs, keep)
+        with contextlib.suppress(ModelyardError):
+            await self._images.collect(keep)
+
+
+def _forget_compiled(folder: Path, keep: set[str]) -> None:
+    """What Python compiled of images that are not in use any more."""
+    for compiled in folder.glob("*/*/compiled/*"):
+        if f"sha256:{compiled.name}" not in keep:
+            shutil.rmtree(compiled, ignore_errors=True)
 
 
 def _give_spool(spool: Path, user: int | None) -> None:
