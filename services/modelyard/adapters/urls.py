@@ -167,9 +167,10 @@ def _adapter(setting: str, url: str, table: Mapping[str, Adapter]) -> tuple[Any,
 
 
 def on_server(url: str) -> bool:
-    """Whether the URL's adapter talks to a server, rather than working with files of this machine."""
+    """Whether the URL does not name files of this machine: a server, or nothing that is known."""
     scheme = url.partition(":")[0]
-    return any(table[scheme].network for table in (STORES, BUSES, BLOBS, IMAGES, TARGETS) if scheme in table)
+    known = [table[scheme] for table in (STORES, BUSES, BLOBS, IMAGES, TARGETS) if scheme in table]
+    return not known or any(adapter.network for adapter in known)
 
 
 def _options(about: str, pairs: list[tuple[str, str]], known: Mapping[str, type]) -> dict[str, Any]:
