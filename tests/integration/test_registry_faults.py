@@ -314,9 +314,11 @@ async def test_other_bytes_than_the_digest_says(images: RegistryImages, gate: Ga
         await read(images, "iris", digest(b"layer"))
     known = digest(manifest(b"{}", b"layer"))
     for reference, headers in ((known, {}), ("1", {"Docker-Content-Digest": known})):
-        gate.plan("^GET .*manifests/", status=200, body=b"{}", headers={"Content-Type": MANIFEST, **headers})
+        gate.plan("^GET .*manifests/", status=200, body=b"{}", headers={"Content-Type": MANIFEST, **headers}, times=5)
         with pytest.raises(Invalid, match="damaged"):
             await images.get_manifest("iris", reference)
+        gate.planned[-1].times = 2  # somebody was writing it
+        assert await images.get_manifest("iris", reference) == (manifest(b"{}", b"layer"), MANIFEST)
 
 
 async def call_all(images: RegistryImages) -> list[ModelyardError]:
@@ -355,6 +357,14 @@ async def test_silence_is_bounded(gate: Gate) -> None:
         assert isinstance(found, Unavailable) and "within 0.4 s" in found.message, found
     assert time.monotonic() - began < 15
     await store.close()
+
+
+async def test_a_manifest_that_two_put_at_once(images: RegistryImages, gate: Gate) -> None:
+    gate.plan("^PUT .*manifests/", status=400, times=2, body=b'{"errors": [{"code": "DIGEST_INVALID"}]}')
+    await image(images, "iris", "1", b"layer")
+    gate.plan("^PUT .*manifests/", status=400, times=20, body=b'{"errors": [{"code": "MANIFEST_INVALID"}]}')
+    with pytest.raises(Invalid, match="MANIFEST_INVALID"):
+        await image(images, "iris", "2", b"other")
 
 
 async def test_what_is_no_registry(gate: Gate) -> None:

@@ -12,6 +12,13 @@ from ..core.errors import Invalid
 DIGEST = re.compile(r"^sha256:([0-9a-f]{64})$")
 REPO = re.compile(r"^[a-z0-9]+(?:[._\-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._\-]+[a-z0-9]+)*)*$")
 TAG = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._\-]{0,127}$")
+MANIFESTS = ", ".join((
+    "application/vnd.oci.image.manifest.v1+json", "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json"))
+"""The media types that manifests and lists of them have."""
+OCI_MANIFEST = MANIFESTS.partition(",")[0]
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 
 
 def hex_of(digest: str) -> str:

@@ -17,20 +17,16 @@ from weakref import WeakValueDictionary
 
 from ..core.errors import Denied, Invalid, ModelyardError, NotFound, Unavailable
 from ..ports.images import ImageStore
-from .images_names import hex_of, is_manifest, parts, repo_of, tag_of
+from .images_names import MANIFESTS, OCI_CONFIG, OCI_MANIFEST, hex_of, is_manifest, parts, repo_of, tag_of
 from .images_registry_http import BROKEN, TRIES, Door, loopback, pause
 from .images_registry_known import Known
 from .images_registry_upload import send
 
 CHUNK = 1 << 20
 SIDE_BY_SIDE = 8
+TORN = 3
+"""So often a manifest is read that is not what its digest says: a registry on files writes them in place."""
 TAGS_A_PAGE = 1000
-MANIFESTS = ", ".join((
-    "application/vnd.oci.image.manifest.v1+json", "application/vnd.oci.image.index.v1+json",
-    "application/vnd.docker.distribution.manifest.v2+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json"))
-OCI_MANIFEST = MANIFESTS.partition(",")[0]
-OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 CUT = (*BROKEN, Unavailable)
 
 
@@ -166,16 +162,27 @@ class RegistryImages(ImageStore):
         name = self._name(repo)
         by_digest = reference.startswith("sha256:")
         _ = hex_of(reference) if by_digest else tag_of(reference)
+        for attempt in range(1, TORN + 1):
+            if (found := await self._manifest(name, reference)) is None:
+                return None
+            body, kind, told = found
+            digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
+            wanted = reference if by_digest else told
+            if not wanted.startswith("sha256:") or wanted == digest:
+                return body, kind
+            if attempt < TORN:
+                await pause(attempt)
+        raise Invalid(f"manifest {reference} of {name} is damaged in the registry {self._door.host}: it hashes to "
+                      f"{digest}, not to {wanted}")
+
+    async def _manifest(self, name: str, reference: str) -> tuple[bytes, str, str] | None:
+        """Its bytes and type, and the digest that the registry tells."""
         found = await self._door.ask("GET", f"/v2/{name}/manifests/{reference}", ok=(200, 404), repo=name,
                                      about=f"manifest {reference} of {name}", headers={"Accept": MANIFESTS})
         if found.status == 404:
             return None
-        told = reference if by_digest else found.headers.get("Docker-Content-Digest", "")
-        digest = f"sha256:{hashlib.sha256(found.body).hexdigest()}"
-        if told.startswith("sha256:") and told != digest:
-            raise Invalid(f"manifest {reference} of {name} is damaged in the registry {self._door.host}: it hashes to "
-                          f"{digest}, not to {told}")
-        return found.body, found.headers.get("Content-Type", OCI_MANIFEST).partition(";")[0]
+        kind = found.headers.get("Content-Type", OCI_MANIFEST).partition(";")[0]
+        return found.body, kind, found.headers.get("Docker-Content-Digest", "")
 
     async def remove(self, repo: str, tag: str) -> None:
         """The tag, and its manifest when no other tag has it. Registries that cannot take a tag away alone are led by
@@ -207,11 +214,15 @@ class RegistryImages(ImageStore):
         return f"sha256:{hashlib.sha256(body).hexdigest()}"
 
     async def _put(self, name: str, tag: str, manifest: bytes, media_type: str) -> None:
-        try:
-            await self._door.ask("PUT", f"/v2/{name}/manifests/{tag}", about=f"manifest {tag} of {name}", ok=(201, 200),
-                                 repo=name, headers={"Content-Type": media_type}, data=manifest)
-        except (Invalid, NotFound) as exc:
-            raise Invalid(exc.message, code="blob-missing" if "BLOB_UNKNOWN" in exc.message else None) from exc
+        for attempt in range(1, TRIES + 1):
+            try:
+                await self._door.ask("PUT", f"/v2/{name}/manifests/{tag}", about=f"manifest {tag} of {name}", repo=name,
+                                     ok=(201, 200), headers={"Content-Type": media_type}, data=manifest)
+                return
+            except (Invalid, NotFound) as exc:
+                if "DIGEST_INVALID" not in exc.message or attempt == TRIES:
+                    raise Invalid(exc.message, code="blob-missing" if "BLOB_UNKNOWN" in exc.message else None) from exc
+                await pause(attempt)  # we gave no digest: another process puts the same manifest at this moment
 
     async def _delete(self, name: str, digest: str, unless_tagged: bool = False) -> None:
         """A manifest, and with it every tag that has it. A registry that deletes nothing keeps it untagged."""
@@ -228,8 +239,7 @@ class RegistryImages(ImageStore):
                                      repo=name, headers={"Accept": MANIFESTS})
         if found.status == 404:
             return None
-        told = found.headers.get("Docker-Content-Digest", "")
-        if told:
+        if told := found.headers.get("Docker-Content-Digest", ""):
             return told
         body = await self._door.ask("GET", f"/v2/{name}/manifests/{tag}", about=f"tag {tag} of {name}", repo=name,
                                     headers={"Accept": MANIFESTS})
