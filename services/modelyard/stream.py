@@ -41,8 +41,7 @@ from .telemetry.live_site import NAME, Site
 from .telemetry.windows import WINDOW_S, window_of
 
 log = logging.getLogger(__name__)
-TABLE = "windows"
-LARGEST = 4 * 1024 * 1024
+TABLE, LARGEST = "windows", 4 * 1024 * 1024
 SERIALIZERS = frozenset({"raw", "json"})
 LOOK_S, RETRY_S = 5.0, 2.0
 CHANGELOG_S, STOP_S = 30.0, 15.0
@@ -200,7 +199,7 @@ class Worker:
         self.was_ready = False
 
     async def work(self) -> None:
-        """Until cancelled, or until it must start anew: Unavailable says why. Invalid: it could never work."""
+        """Until cancelled, or until it must start anew: Unavailable says why."""
         await self._prepared()
         here = Live(faust_app(self.kafka, self.site.url, self._folder), self.kafka)
         self.site.windows = here
@@ -257,9 +256,9 @@ async def run(settings: Settings, *, ready: Callable[[str, list[str]], None] | N
         logging.getLogger(name).setLevel("INFO" if settings.log_level == "debug" else "WARNING")
     in_service(NAME)
     kafka = await urls.open_stream(settings.bus)
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
         await asyncio.to_thread(prepare, settings.data)
         stack.callback(os.close, await asyncio.to_thread(lock, settings.data, NAME))
@@ -291,7 +290,6 @@ async def _until(stop: asyncio.Event, worker: Worker) -> None:
     if isinstance(failure, Invalid):
         raise failure
     log.error("the stream worker starts anew" if worker.was_ready else "the stream worker ends", exc_info=failure)
-    logging.shutdown()
     if worker.was_ready:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     os._exit(EX_TEMPFAIL)

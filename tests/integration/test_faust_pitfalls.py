@@ -19,13 +19,14 @@ from aiokafka.admin.records_to_delete import RecordsToDelete
 from aiokafka.structs import TopicPartition
 from faust.serializers import codecs
 
+from infra.stack import server_class
 from modelyard.adapters import urls
 from modelyard.adapters.bus_kafka_stream import StreamKafka
 from modelyard.core.errors import Invalid, Unavailable
 from modelyard.stream import Live, Worker, changelog, faust_app, refuse_codecs, stopped
 from modelyard.telemetry import live
 from modelyard.telemetry.live_site import Site
-from tests.backends import required, server
+from tests.backends import need, required, server
 from tests.e2e.yard import free_port
 from tests.integration.streams import StreamWorker, Topics, closed, settled, topics
 
@@ -183,6 +184,25 @@ async def test_c16_a_changelog_whose_records_are_gone_does_not_stall_it(bus: Top
         await shown(found, dict.fromkeys(NAMES, 3))
 
 
+async def test_c16_a_changelog_that_is_deleted_makes_it_start_anew(bus: Topics, tmp_path: Path) -> None:
+    """What it cannot keep it does not count as finished; the same process begins again, and nobody has to help."""
+    kafka, worker = await urls.open_stream(bus.url), StreamWorker(bus.url, tmp_path / "data").start()
+    try:
+        await worker.ready()
+        await bus.send([closed("iris", 1, time.time(), 5)])
+        await worker.comes_to({"iris": 5})
+        async with kafka.topics.admin("deleting a topic") as admin:
+            await admin.delete_topics([changelog(kafka)])
+        await bus.send([closed("iris", 2, time.time(), 7)])
+        end = time.monotonic() + 120
+        while await worker.total("iris") not in (7, 12):  # what was settled meanwhile would come from telemetry
+            assert time.monotonic() < end and worker.process.poll() is None, worker.log.read_text()[-3000:]
+            await asyncio.sleep(0.2)
+        assert "starts anew" in worker.log.read_text()
+    finally:
+        worker.stop()
+
+
 async def test_c16_a_silent_worker_is_noticed(bus: Topics, tmp_path: Path) -> None:
     """Its fetcher is stopped, as a lost wake-up does: the process lives, answers, and does nothing."""
     kafka = await urls.open_stream(bus.url)
@@ -282,3 +302,24 @@ def _listening(pid: int) -> set[int]:
     rows = [line.split() for name in ("tcp", "tcp6") if (table := Path(f"/proc/{pid}/net/{name}")).exists()
             for line in table.read_text().splitlines()[1:]]
     return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+@pytest.mark.fault
+async def test_a_broker_that_is_killed_stops_it_only_meanwhile(tmp_path: Path) -> None:
+    """C4, C16: nobody restarts the worker by hand, and nothing of what Kafka had is missing."""
+    need("kafka")
+    with server_class("kafka")(tmp_path / "kafka") as kafka:
+        bus = f"{kafka.url}/yard?session_s=6&partitions={PARTITIONS}"
+        worker = StreamWorker(bus, tmp_path / "data").start()
+        try:
+            await worker.ready()
+            for count in range(1, 4):
+                async with topics(bus) as there:
+                    await there.send(closed(name, count, time.time(), 5) for name in NAMES)
+                if count > 1:
+                    await worker.comes_to(dict.fromkeys(NAMES, 5 * count), 90)
+                await asyncio.to_thread(kafka.kill)
+                await asyncio.to_thread(kafka.start)
+            await worker.comes_to(dict.fromkeys(NAMES, 15), 90)
+        finally:
+            worker.stop()

@@ -1,10 +1,12 @@
-"""The watchdog of the stream worker: it blames only what has work and finishes none of it."""
+"""What the stream worker needs beside Faust: its watchdog blames only what has work and finishes none of it."""
 
 import pytest
 
 pytest.importorskip("aiokafka", reason="modelyard[kafka] is not installed")
 
+from modelyard.adapters import urls
 from modelyard.adapters.bus_kafka_stream import Watchdog, partition_of
+from modelyard.core.errors import Invalid
 
 ONE, TWO = ("capture.closed", 0), ("capture.closed", 1)
 
@@ -34,3 +36,8 @@ def test_no_work_no_share_and_no_kafka_are_no_fault() -> None:
 def test_a_key_lies_where_every_client_puts_it(key: str, murmur2: int) -> None:
     """The hashes are those of Kafka's own tests of its Java client."""
     assert partition_of(key, 1000) == (murmur2 & 0x7FFFFFFF) % 1000
+
+
+async def test_a_bus_that_is_no_kafka_is_refused_with_what_to_set() -> None:
+    with pytest.raises(Invalid, match=r"needs bus=kafka://HOST:PORT .*not from sqlite:///var/yard\.db"):
+        await urls.open_stream("sqlite:///var/yard.db")
