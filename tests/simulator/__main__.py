@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -9,18 +10,23 @@ from .run import simulate
 
 
 def main(first: int, end: int) -> int:
-    began, bad, steps, events = time.monotonic(), 0, 0, 0
+    began, bad, steps, events = time.process_time(), 0, 0, 0
     for seed in range(first, end):
         outcome = simulate(seed)
         steps, events = steps + outcome.steps, events + outcome.events
         if outcome.problems:
             bad += 1
             print(outcome.told(), flush=True)
+        elif end - first == 1:
+            print(f"trace {outcome.trace}", flush=True)
     print(f"seeds {first} to {end - 1}: {bad} wrong, {events} events, {steps} steps, "
-          f"{time.monotonic() - began:.1f} s", flush=True)
+          f"{time.process_time() - began:.1f} s of CPU", flush=True)
     return 1 if bad else 0
 
 
 if __name__ == "__main__":
+    if os.environ.get("PYTHONHASHSEED") != "0":  # sets of text are walked alike in every run
+        os.execve(sys.executable, [sys.executable, "-m", "tests.simulator", *sys.argv[1:]],
+                  {**os.environ, "PYTHONHASHSEED": "0"})
     numbers = [int(arg) for arg in sys.argv[1:]]
     sys.exit(main(numbers[0], numbers[1] if len(numbers) > 1 else numbers[0] + 1))

@@ -6,7 +6,7 @@ import asyncio
 import random
 import zlib
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -109,7 +109,7 @@ class MemoryBus(EventBus):
         self.members.append(member)
         self.log.bell.ring()
         try:
-            yield self._deliveries(member)
+            yield _Deliveries(self, member)
         finally:
             self.left(member)
 
@@ -117,15 +117,13 @@ class MemoryBus(EventBus):
         """A clean goodbye; of a process that died the broker hears later, by itself."""
         self.log.leave(member)
 
-    async def _deliveries(self, member: Member) -> AsyncIterator[Delivery]:
-        while True:
-            for delivery in self._ready(member):
-                yield delivery
-                break
-            else:
-                await self.log.bell.event.wait()
+    async def next(self, member: Member) -> Delivery:
+        """Waits for it; a wait that is given up takes nothing."""
+        while (delivery := self._ready(member)) is None:
+            await self.log.bell.event.wait()
+        return delivery
 
-    def _ready(self, member: Member) -> Iterator[Delivery]:
+    def _ready(self, member: Member) -> Delivery | None:
         lanes = [lane for lane in self.log.lanes if lane[0] in member.topics]
         self.log.dice.shuffle(lanes)
         for lane in lanes:
@@ -138,7 +136,8 @@ class MemoryBus(EventBus):
                 place.owner = member
             if place.owner is member and place.next < len(self.log.lanes[lane]):
                 place.next += 1
-                yield self._delivery(member, place, lane, place.next - 1)
+                return self._delivery(member, place, lane, place.next - 1)
+        return None
 
     def _delivery(self, member: Member, place: Place, lane: Lane, at: int) -> Delivery:
         record = self.log.lanes[lane][at]
@@ -171,6 +170,15 @@ class MemoryBus(EventBus):
     def _cursor(self, text: str) -> int:
         if text in ("beginning", "end"):
             return 0 if text == "beginning" else len(self.log.records)
-        if not (text[:1] == "m" and text[1:].isascii() and text[1:].isdigit() and int(text[1:]) <= len(self.log.records)):
+        number = text[1:] if text[:1] == "m" and text[1:].isascii() and text[1:].isdigit() else ""
+        if not number or int(number) > len(self.log.records):
             raise Invalid(f"'{text}' is not a cursor", field="after")
-        return int(text[1:])
+        return int(number)
+
+
+class _Deliveries(AsyncIterator[Delivery]):
+    def __init__(self, bus: MemoryBus, member: Member) -> None:
+        self._bus, self._member = bus, member
+
+    async def __anext__(self) -> Delivery:
+        return await self._bus.next(self._member)

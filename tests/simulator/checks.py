@@ -8,14 +8,12 @@ from typing import Any
 from modelyard.core.documents import Document
 from modelyard.core.errors import Invalid
 from modelyard.core.events import Envelope
-from modelyard.deployer.model import Deployment, Sweep
+from modelyard.deployer.model import Deployment
 from modelyard.image_builder.model import Image
 from modelyard.kernel.dead import DeadLetter, ParkedKey
 from modelyard.registry.model import Model, ModelName
 
 from .world import RECORDER, SERVICES, TOPICS, Tally, World
-
-NOTICE = "dead."
 
 
 def every(world: World, service: str, type_: type[Any], *, dead: bool = False) -> list[Any]:
@@ -26,8 +24,8 @@ def every(world: World, service: str, type_: type[Any], *, dead: bool = False) -
 
 def wrong(world: World) -> list[str]:
     """Empty when all is well."""
-    return [*world.faults, *_outboxes(world), *_sequences(world), *_published(world), *_effects(world), *_waiting(world),
-            *_models(world), *_images(world), *_deployments(world)]
+    looks = (_outboxes, _sequences, _published, _effects, _waiting, _models, _images, _deployments)
+    return [*world.faults, *(problem for look in looks for problem in look(world))]
 
 
 def _outboxes(world: World) -> list[str]:
@@ -41,12 +39,10 @@ def _committed(world: World) -> list[Envelope]:
 
 def _sequences(world: World) -> list[str]:
     found: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    kinds: dict[tuple[str, str, str], str] = {}
     for event in _committed(world):
         about = (event.source, event.topic.partition(".")[0] + ("-name" if event.topic == "model.aliased" else ""),
                  event.subject)
         found[about].append(int(event.sequence))
-        kinds[about] = event.topic
     return [f"sequences of {about}: {numbers}" for about, numbers in found.items()
             if numbers != list(range(1, len(numbers) + 1))]
 
@@ -141,8 +137,9 @@ def _images(world: World) -> list[str]:
     for doc in images:
         if doc.phase not in ("ready", "failed"):
             problems.append(f"image {doc.id} is {doc.phase}, deleting {doc.deleting}")
-        if (doc.phase == "ready") != ((doc.repo, doc.tag) in world.shed.tags):
-            problems.append(f"image {doc.id} is {doc.phase}; its tag is there: {(doc.repo, doc.tag) in world.shed.tags}")
+        there = (doc.repo, doc.tag) in world.shed.tags
+        if (doc.phase == "ready") != there:
+            problems.append(f"image {doc.id} is {doc.phase}; its tag is there: {there}")
         if set(doc.holds) != needed.get(doc.id, set()):
             problems.append(f"image {doc.id} is held by {doc.holds}, needed by {sorted(needed.get(doc.id, ()))}")
     known = {(doc.repo, doc.tag) for doc in images}
@@ -168,5 +165,3 @@ def _deployments(world: World) -> list[str]:
              for e in world.shelves["deployer"].committed if e.topic == "deployment.ready"]
     return problems + [f"deployment {r} was ready twice" for r in sorted(set(ready)) if ready.count(r) > 1]
 
-
-__all__ = ["Sweep", "every", "wrong"]

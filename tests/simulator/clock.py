@@ -85,7 +85,8 @@ def drawn_from(seed: int, loop: VirtualLoop) -> Iterator[None]:
         for module, name, value in (
             (events, "_random", dice), (events, "time", clock),
             (documents, "datetime", SimpleNamespace(now=lambda tz: loop.now())),
-            (loops, "random", dice), (loops, "secrets", SimpleNamespace(token_hex=lambda n: f"{dice.getrandbits(8 * n):x}")),
+            (loops, "random", dice),
+            (loops, "secrets", SimpleNamespace(token_hex=lambda n: f"{dice.getrandbits(8 * n):x}")),
             (sources, "_PLACED", {}),
         ):
             stack.enter_context(mock.patch.object(module, name, value))

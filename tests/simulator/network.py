@@ -97,7 +97,7 @@ def peers(network: Network, process: Process, names: Any, token: str) -> Peers:
 class _Wire:
     """What a request touches of its connection: nothing is ever full, cut or peeked at."""
 
-    transport = peername = None
+    transport = peername = sockname = sslcontext = None
     ssl_context = None
     _reading_paused = False
 

@@ -57,7 +57,7 @@ class Caller:
     def able(self) -> list[Any]:
         do: list[Any] = [self.register, self.register]
         if self.made["model"]:
-            do += [self.build, self.build, self.tag, self.alias, self.unregister]
+            do += [self.build, self.build, self.tag, self.tag, self.alias, self.unregister]
         if self.made["image"]:
             do += [self.deploy, self.deploy, self.unbuild]
         if self.made["deployment"]:
@@ -84,8 +84,10 @@ class Caller:
         raise AssertionError("an artifact is always gone")
 
     async def tag(self) -> None:
+        """Several changes of one model in a row: what follows must stay behind what waits."""
         ref = self.dice.choice(self.made["model"])
-        await self.ask("registry", "PATCH", f"/v1/models/{ref}", {"tags": {"n": str(self.dice.randrange(3))}})
+        for _ in range(self.dice.randint(1, 4)):
+            await self.ask("registry", "PATCH", f"/v1/models/{ref}", {"tags": {"n": str(self.keys)}})
 
     async def alias(self) -> None:
         name, _, version = self.dice.choice(self.made["model"]).partition(":")
@@ -119,7 +121,7 @@ class Caller:
 
     async def deploy(self) -> None:
         name = f"d{self.number}{self.dice.randrange(2)}"
-        status, said = await self.ask("deployer", "PUT", f"/v1/deployments/{name}", {
+        status, _ = await self.ask("deployer", "PUT", f"/v1/deployments/{name}", {
             "name": name, "image": self.dice.choice(self.made["image"]), "target": "local"})
         if status in (200, 201, 202) and name not in self.made["deployment"]:
             self.made["deployment"].append(name)
@@ -139,7 +141,7 @@ async def misfortune(world: World) -> None:
     """Until cancelled: processes die and come back, things go away and return, groups are rebalanced."""
     dice = world.dice
     while True:
-        await asyncio.sleep(dice.expovariate(1 / 3.0))
+        await asyncio.sleep(dice.expovariate(1 / 1.5))
         what = dice.choice(("crash", "crash", "outage", "rebalance", "poison"))
         if what == "crash":
             name = dice.choice(INSTANCES)
@@ -168,7 +170,7 @@ def rough(weather: Weather) -> None:
     weather.conflict = dice.choice((0.0, 0.02))
     weather.twice = dice.choice((0.0, 0.1))
     weather.stall = dice.choice((0.0, 0.0, 0.003))
-    weather.slow_s = dice.choice((0.002, 0.02, 0.1))
+    weather.slow_s = dice.choice((0.002, 0.05, 0.3))
 
 
 async def play(world: World) -> None:

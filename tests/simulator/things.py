@@ -75,7 +75,7 @@ class NoGrants(_Plain, CaptureGrants):
 
 
 class Shed:
-    """The images that survive a crash. ``pointed`` counts for each (repo, tag) how often it was moved elsewhere."""
+    """The images that survive a crash. ``on_its_way`` are blobs put for a manifest that has not come yet."""
 
     def __init__(self) -> None:
         self.blobs: dict[str, bytes] = {}
@@ -119,7 +119,7 @@ class MemoryImages(_Plain, ImageStore):
     async def put_manifest(self, repo: str, tag: str, manifest: bytes, media_type: str) -> str:
         found, place = parts(manifest), (repo_of(repo), tag_of(tag))
         if missing := [part["digest"] for part in found if part["digest"] not in self.shed.blobs]:
-            raise Invalid(f"blobs of this manifest are not here: {', '.join(missing)}")
+            raise Invalid(f"blobs of this manifest are not here, put it first: {', '.join(missing)}")
         digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
         self.shed.manifests[repo, digest] = (manifest, media_type)
         for part in found:
@@ -130,8 +130,9 @@ class MemoryImages(_Plain, ImageStore):
         return digest
 
     async def get_manifest(self, repo: str, reference: str) -> tuple[bytes, str] | None:
-        digest = reference if reference.startswith("sha256:") else self.shed.tags.get((repo_of(repo), tag_of(reference)))
-        return self.shed.manifests.get((repo_of(repo), digest or ""))
+        place = repo_of(repo)
+        digest = reference if reference.startswith("sha256:") else self.shed.tags.get((place, tag_of(reference)), "")
+        return self.shed.manifests.get((place, digest))
 
     async def remove(self, repo: str, tag: str) -> None:
         if (digest := self.shed.tags.pop((repo_of(repo), tag_of(tag)), None)) is not None:

@@ -45,7 +45,8 @@ class Tally(Document):
 
 
 async def on_event(ctx: Context, event: Envelope) -> None:
-    """A consumer as others write them: reads, changes, commits with the cause."""
+    """A consumer as others write them: asks elsewhere, reads, changes, commits with the cause."""
+    await ctx.blobs.stat("asked/first")
     id = f"{event.source}/{event.topic}/{event.subject}"
     old = await ctx.store.get(Tally, id, workspace=event.workspace)
     doc = old or Tally(id=id, workspace=event.workspace, created=ctx.now())
@@ -56,9 +57,10 @@ async def on_event(ctx: Context, event: Envelope) -> None:
 TOPICS = ("model.registered", "model.updated", "model.deleted", "model.aliased", "image.requested", "image.built",
           "image.failed", "image.deleted", "deployment.requested", "deployment.ready", "deployment.updated",
           "deployment.deleted")
-RECORDER = Service("recorder", (Tally,), (), lambda ctx: (), {topic: on_event for topic in TOPICS})
+RECORDER = Service("recorder", (Tally,), (), lambda ctx: (), dict.fromkeys(TOPICS, on_event))
 SERVICES = {s.name: s for s in (REGISTRY, BUILDER, DEPLOYER, RECORDER)}
-INSTANCES = ("registry.0", "registry.1", "image-builder.0", "image-builder.1", "deployer.0", "recorder.0", "recorder.1")
+INSTANCES = (
+    "registry.0", "registry.1", "image-builder.0", "image-builder.1", "deployer.0", "recorder.0", "recorder.1")
 
 
 class QuickBuild:
