@@ -1,6 +1,6 @@
 """The crash test: 2,000 times the life of an image under 20 SIGKILLs of registry, image builder and recorder.
 
-On the embedded profile, and distributed on Kafka and MongoDB (fault 1). Each round over 50 names: register a model,
+On the embedded profile, and on Kafka and MongoDB (fault 1). Each round over 50 names: register a model,
 post an image without wheels, change the model's tags five times, delete the image. A recorder, a program of its own on
 the kernel's consumer, keeps every event that it is handed. At the end nothing is lost, nothing is done twice, and each
 subject's events are numbered without a gap and in order.
@@ -26,15 +26,16 @@ import pytest
 from modelyard.adapters.urls import open_store
 from modelyard.image_builder.model import Image
 from modelyard.registry.model import Model
+from tests.backends import MATRIX, url_of
 from tests.e2e.test_journey import upload
 from tests.e2e.yard import Yard, until
 
 pytestmark = pytest.mark.slow
 
 ROUNDS, NAMES, KILLS = 2_000, 50, 20
-PROFILES = [pytest.param("apart", 120, id="apart"),
-            pytest.param("distributed", 180, id="distributed", marks=pytest.mark.fault)]
-"""Profile and the seconds that the work may take, kills and all."""
+ON = [pytest.param((), 120, id="embedded"),
+      pytest.param(("STORE", "BUS"), 180, id="kafka-and-mongo", marks=pytest.mark.fault)]
+"""What is on real servers, and the seconds that the work may take, kills and all."""
 SCORE = b"def run(data):\n    return data\n"
 
 
@@ -149,9 +150,10 @@ async def check_effects(yard: Yard) -> None:
     await builder.close()
 
 
-@pytest.mark.parametrize(("profile", "seconds"), PROFILES)
-def test_two_thousand_lives_and_twenty_kills(profile: str, seconds: float, tmp_path: Path) -> None:
-    yard = Yard.start(profile, tmp_path / "data", ("registry", "image-builder"))
+@pytest.mark.parametrize(("servers", "seconds"), ON)
+def test_two_thousand_lives_and_twenty_kills(servers: tuple[str, ...], seconds: float, tmp_path: Path) -> None:
+    env = {f"MODELYARD_{name}": url_of(MATRIX[name.lower()][1], tmp_path) for name in servers}
+    yard = Yard.start("apart", tmp_path / "data", ("registry", "image-builder"), **env)
     notes = tmp_path / "recorded.jsonl"
     recorder = [record(yard, notes)]
     try:
@@ -170,9 +172,9 @@ def test_two_thousand_lives_and_twenty_kills(profile: str, seconds: float, tmp_p
         until(lambda: len(set(notes.read_text().splitlines())) >= expected, 30, every=0.5, why="all events recorded")
         print(f"\n{ROUNDS} lives, {kills} kills: {worked:.1f} s; {len(notes.read_text().splitlines())} deliveries "
               f"of {expected} events")
-        assert worked <= seconds
         check_story(notes)
         asyncio.run(check_effects(yard))
+        assert worked <= seconds
     finally:
         os.kill(recorder[0].pid, signal.SIGKILL)
         recorder[0].wait()

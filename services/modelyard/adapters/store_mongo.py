@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -26,6 +27,7 @@ POLL_S, WATCHED_POLL_S = 0.2, 1.0
 LEAVE_S, ALL_S = 0.2, 5.0
 """What another store of this service committed is left to its own relay for so long; and looked at anyway so often."""
 Record = dict[str, Any]
+Id = tuple[str, str, str]
 
 
 class MongoStore(DocumentStore):
@@ -36,7 +38,8 @@ class MongoStore(DocumentStore):
         self._me = random.getrandbits(62)
         self._indexed: dict[str, asyncio.Lock | None] = {}
         self._fresh = asyncio.Event()
-        self._all_at = 0.0
+        self._own = _Own()
+        self._scan_at = self._all_at = 0.0
         others = {"$nin": [None, self._me]}
         where = ("fullDocument.q.p", "updateDescription.updatedFields.q.p")
         self._feed = Feed(link, {"$or": [{path: others} for path in where]}, self._notice_others)
@@ -112,6 +115,7 @@ class MongoStore(DocumentStore):
         else:
             await self._write(doc, key, cause, token, *_change(doc.revision, key, state, outbox, waiting, cause, token))
         if outbox:
+            self._own.add((doc.workspace, doc.kind, doc.id))
             self._notice()
         return stored
 
@@ -147,27 +151,48 @@ class MongoStore(DocumentStore):
                        else f"{doc.kind} '{doc.id}' exists already", kind=doc.kind, id=doc.id)
 
     async def pending(self, limit: int, wait: float = 0.0) -> list[Pending]:
+        if not wait:
+            return await self._scan({"q.t": {"$gt": 0}}, limit)
+        self._feed.start()
         end = time.monotonic() + wait
         while True:
             fresh = self._fresh
-            found = await self._pending(limit, self._mine() if wait else {"q.t": {"$gt": 0}})
-            rest = end - time.monotonic()
-            if found or rest <= 0:
+            found = await self._look(limit)
+            now = time.monotonic()
+            if found or now >= end:
                 return found
-            self._feed.start()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(rest, WATCHED_POLL_S if self._feed.live else POLL_S)):
+                async with asyncio.timeout(min(end, self._scan_at) - now):
                     await fresh.wait()
 
-    def _mine(self) -> Record:
-        """What this store committed, and what others did not get published in time; now and then simply everything,
-        for their clocks may be wrong."""
+    async def _look(self, limit: int) -> list[Pending]:
+        """What this store committed it knows by id; now and then it looks for what others left, and for everything."""
+        if self._own.ids and (found := await self._known(limit)):
+            return found
         now = time.monotonic()
-        if now - self._all_at > ALL_S:
+        if now < self._scan_at:
+            return []
+        self._scan_at = now + (WATCHED_POLL_S if self._feed.live else POLL_S)
+        if now - self._all_at > ALL_S:  # clocks of others may be wrong
             self._all_at = now
-            return {"q.t": {"$gt": 0}}
+            return await self._scan({"q.t": {"$gt": 0}}, limit)
         left = time.time_ns() - int(LEAVE_S * 1e9)
-        return {"q.t": {"$gt": 0}, "$or": [{"q.p": self._me}, {"q.t": {"$lt": left}}]}
+        return await self._scan({"q.t": {"$gt": 0}, "$or": [{"q.p": self._me}, {"q.t": {"$lt": left}}]}, limit)
+
+    async def _known(self, limit: int) -> list[Pending]:
+        """Looked up by id: an index of what waits would be walked over all that waited a moment ago."""
+        asked = self._own.ask(limit)
+        keys = [{"k": kind, "w": workspace, "i": id} for workspace, kind, id in asked]
+        records = await self._link.steady(
+            lambda: self._docs.find({"_id": {"$in": keys}}, {"o": 1}).to_list(len(keys)))
+        found = {(p.workspace, p.kind, p.id): p for p in map(_waiting, records) if p.events}
+        self._own.told(asked, found)
+        return [found[id] for id in asked if id in found]
+
+    async def _scan(self, which: Record, limit: int) -> list[Pending]:
+        records = await self._link.steady(
+            lambda: self._docs.find(which, {"o": 1}, sort=[("q.t", 1)], limit=limit).to_list(limit))
+        return [_waiting(record) for record in records]
 
     def _notice(self) -> None:
         """Wakes whoever waits for pending events."""
@@ -175,13 +200,11 @@ class MongoStore(DocumentStore):
         self._fresh = asyncio.Event()
 
     def _notice_others(self) -> None:
-        asyncio.get_running_loop().call_later(LEAVE_S, self._notice)
+        def now() -> None:
+            self._scan_at = 0.0
+            self._notice()
 
-    async def _pending(self, limit: int, which: Record) -> list[Pending]:
-        found = await self._link.steady(lambda: self._docs.find(
-            which, {"o": 1}, sort=[("q.t", 1)], limit=limit).to_list(limit))
-        return [Pending(record["_id"]["w"], record["_id"]["k"], record["_id"]["i"],
-                        tuple(Envelope.decode(event["e"].encode()) for event in record["o"])) for record in found]
+        asyncio.get_running_loop().call_later(LEAVE_S, now)
 
     async def sent(self, pending: Pending) -> None:
         gone = [event.id for event in pending.events]
@@ -190,6 +213,44 @@ class MongoStore(DocumentStore):
         steps: list[Record] = [{"$set": {"o": rest}}, {"$set": {
             name: {"$cond": [{"$eq": ["$o", []]}, "$$REMOVE", f"${name}"]} for name in ("o", "q")}}]
         await self._link.steady(lambda: self._docs.update_one({"_id": key, "q.t": {"$gt": 0}}, steps))
+        self._own.sent((pending.workspace, pending.kind, pending.id))
+
+
+class _Own:
+    """Which documents' events this store committed and has not seen go: (workspace, kind, id) → number of commits. It
+    may forget: what is not here is found by a look at what waits."""
+
+    MOST = 10_000
+
+    def __init__(self) -> None:
+        self.ids: dict[Id, int] = {}
+        self._asked: dict[Id, int] = {}
+
+    def add(self, id: Id) -> None:
+        if len(self.ids) >= self.MOST:
+            self.ids.clear()
+        self.ids[id] = self.ids.get(id, 0) + 1
+
+    def ask(self, limit: int) -> dict[Id, int]:
+        """The first of them, as they are known before the record is read."""
+        return dict(itertools.islice(self.ids.items(), limit))
+
+    def told(self, asked: dict[Id, int], found: Collection[Id]) -> None:
+        """Nothing waits at those that were not found, unless they were committed meanwhile."""
+        self._asked = asked
+        for id in asked:
+            if id not in found:
+                self.sent(id)
+
+    def sent(self, id: Id) -> None:
+        if id in self._asked and self.ids.get(id) == self._asked[id]:
+            del self.ids[id]
+
+
+def _waiting(record: Record) -> Pending:
+    id = record["_id"]
+    events = tuple(Envelope.decode(event["e"].encode()) for event in record.get("o", ()))
+    return Pending(id["w"], id["k"], id["i"], events)
 
 
 def _change(revision: int, key: Record, state: Record, outbox: list[Record], waiting: Record | None,

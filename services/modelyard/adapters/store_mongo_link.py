@@ -59,7 +59,8 @@ class Link:
         settings: dict[str, Any] = {name: options[name] for name in OPTIONS if name in options} | {
             "appname": f"modelyard {service}", "serverSelectionTimeoutMS": int(SELECT_S * 1000),
             "connectTimeoutMS": int(SELECT_S * 1000), "socketTimeoutMS": int(timeout_s * 1000),
-            "waitQueueTimeoutMS": int(timeout_s * 1000), "maxPoolSize": int(pool), "heartbeatFrequencyMS": 2000}
+            "waitQueueTimeoutMS": int(timeout_s * 1000), "maxPoolSize": int(pool), "heartbeatFrequencyMS": 2000,
+            "retryWrites": False}  # who may have written is told by tokens; the server need not keep account as well
         try:
             client = await asyncio.to_thread(AsyncIOMotorClient, url, io_loop=asyncio.get_running_loop(), **settings)
         except (errors.PyMongoError, ValueError, TypeError, OSError) as exc:
