@@ -106,11 +106,26 @@ async def test_a_key_that_is_never_finished_holds_up_its_partition_only(bus: Eve
 async def test_one_instance_name_for_two_processes_is_told_of(
         url: str, caplog: pytest.LogCaptureFixture) -> None:
     first, second = await open_bus(f"{url}&instance=a"), await open_bus(f"{url}&instance=a")
-    async with first.subscribe("g", [TOPIC]), second.subscribe("g", [TOPIC]), asyncio.timeout(40):
+    async with first.subscribe("g", [TOPIC]), second.subscribe("g", [TOPIC]), asyncio.timeout(60):
         while "does each process have an instance= of its own" not in caplog.text:
             await asyncio.sleep(0.1)
     await first.close()
     await second.close()
+
+
+async def test_a_group_that_never_deals_its_partitions_is_joined_anew(
+        bus: EventBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bus_kafka_group, "STUCK_S", 1.0)
+    monkeypatch.setattr(bus_kafka_group, "LOOK_EVERY_S", 0.3)
+    await bus.publish(event(1))
+    async with bus.subscribe("g", [TOPIC]) as member:
+        assert isinstance(member, Member)
+        await member.give_up()  # as in a rebalance whose end never comes
+        with pytest.raises(Unavailable, match="joined anew"):
+            async with asyncio.timeout(20):
+                await anext(member)
+    async with bus.subscribe("g", [TOPIC]) as member, asyncio.timeout(20):
+        assert number(await anext(member)) == 1
 
 
 async def test_a_frozen_broker_is_told_of_and_joining_anew_goes_on(

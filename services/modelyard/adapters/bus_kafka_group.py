@@ -33,11 +33,11 @@ LET_GO_S = 3.0
 """Before partitions are given up: so long is waited for what is in the handlers' hands."""
 LOOK_EVERY_S, LOOK_S = 2.0, 4.0
 AWAY_S = 6.0
-SILENT_S = 12.0
+SILENT_S, STUCK_S = 12.0, 45.0
 POLL_S = 300.0
 REBALANCE_S = 20.0
-RESTLESS, RESTLESS_S = 8, 30.0
-"""So many deals in so many seconds are no members coming and going."""
+RESTLESS, RESTLESS_S = 6, 60.0
+"""So many deals in so many seconds, where members are static, are two that fight for one name."""
 LOST = (errors.CommitFailedError, errors.IllegalStateError)
 """A commit for partitions that are another's by now."""
 
@@ -75,6 +75,7 @@ class Member(AsyncIterator[Delivery]):
         self._acked, self._dirty = asyncio.Event(), asyncio.Event()
         self._taken, self._full, self._leaving = 0, False, False
         self._seen: dict[TopicPartition, tuple[int, float]] = {}
+        self._given_up: float | None = None
         self._deals: deque[float] = deque(maxlen=RESTLESS)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -198,6 +199,7 @@ class Member(AsyncIterator[Delivery]):
     async def give_up(self) -> None:
         """Partitions are about to be dealt anew: nothing more is handed out, what is in hand may yet be finished."""
         lanes, self._lanes = self._lanes, {}
+        self._given_up = time.monotonic()
         for lane in lanes.values():
             lane.closing = True
         end = time.monotonic() + LET_GO_S
@@ -217,11 +219,12 @@ class Member(AsyncIterator[Delivery]):
         self._drop(self._lanes)
         self._lanes = {p: Lane(self._how.topics.get(p.topic, p.topic), p.partition) for p in partitions}
         self._seen.clear()
+        self._given_up = None
         self._deals.append(time.monotonic())
-        if len(self._deals) == RESTLESS and self._deals[-1] - self._deals[0] < RESTLESS_S:
+        if self._how.instance and len(self._deals) == RESTLESS and self._deals[-1] - self._deals[0] < RESTLESS_S:
             self._deals.clear()
             log.warning("the partitions of the group %s are dealt anew all the time; does each process have an "
-                        "instance= of its own in bus=?", self._how.group)
+                        "instance= of its own in bus=? this one is %s", self._how.group, self._how.instance)
 
     def _drop(self, lanes: dict[TopicPartition, Lane]) -> None:
         for lane in lanes.values():
@@ -232,12 +235,16 @@ class Member(AsyncIterator[Delivery]):
     # Watching ----------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Ends when no broker has answered for ``AWAY_S``, or a partition lags and stands still for ``SILENT_S``: after
-        a restart of the broker or a rebalance the driver may fetch no more and never say so (aiokafka #1154)."""
+        """Ends when no broker has answered for ``AWAY_S``, a partition lags and stands still for ``SILENT_S``, or none
+        were dealt for ``STUCK_S``: after a restart of the broker or a rebalance the driver may fetch no more and never
+        say so (aiokafka #1154)."""
         answered = time.monotonic()
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             mine = list(self._lanes)
+            if self._given_up is not None and time.monotonic() - self._given_up > STUCK_S:
+                raise Unavailable(f"the group {self._how.group} has dealt nothing for {STUCK_S:.0f} s; it is joined "
+                                  "anew", code="silent")
             if not mine:
                 continue
             try:
