@@ -69,10 +69,12 @@ class Yard:
     profile: str
     ports: dict[str, int]
     env: dict[str, str]
+    program: tuple[str, ...] = ("-m", "modelyard")
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, profile: str, data: Path, services: tuple[str, ...] = SERVICES, **env: str) -> Yard:
+    def start(cls, profile: str, data: Path, services: tuple[str, ...] = SERVICES, *,
+              program: tuple[str, ...] = ("-m", "modelyard"), **env: str) -> Yard:
         names = ("all",) if profile == "all-in-one" else services
         ports = {name: free_port() for name in names}
         settings = dict(os.environ, MODELYARD_DATA=str(data), ORT_DISABLE_TELEMETRY="1")
@@ -82,7 +84,7 @@ class Yard:
         if profile != "all-in-one":
             urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
             settings["MODELYARD_SERVICES"] = json.dumps(urls)
-        yard = cls(data, profile, ports, settings)
+        yard = cls(data, profile, ports, settings, program)
         for name in names:
             yard.launch(name)
         for name in names:
@@ -94,7 +96,7 @@ class Yard:
         self.data.mkdir(parents=True, exist_ok=True)
         log = (self.data.parent / f"{self.data.name}-{name}.log").open("ab")
         self.processes[name] = subprocess.Popen(
-            [sys.executable, "-m", "modelyard", "serve", *services, "--port", str(self.ports[name])],
+            [sys.executable, *self.program, "serve", *services, "--port", str(self.ports[name])],
             env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         log.close()
 
