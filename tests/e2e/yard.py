@@ -85,10 +85,14 @@ class Yard:
             urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
             settings["MODELYARD_SERVICES"] = json.dumps(urls)
         yard = cls(data, profile, ports, settings, program)
-        for name in names:
-            yard.launch(name)
-        for name in names:
-            yard.wait_ready(name)
+        try:
+            for name in names:
+                yard.launch(name)
+            for name in names:
+                yard.wait_ready(name)
+        except BaseException:
+            yard.stop()  # nobody else knows of them
+            raise
         return yard
 
     def launch(self, name: str) -> None:
