@@ -12,12 +12,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from azure.storage.blob import AccessPolicy, ContainerSasPermissions
 
 from infra.stack.azurite import KEY
 from modelyard.adapters import urls
 from modelyard.adapters.blobs_azure import AzureBlobs
 from modelyard.adapters.grants_lent import open_grant
 from modelyard.core.errors import Denied, Invalid, Unavailable
+from modelyard.core.layout import parse_segment
 from tests.backends import MATRIX, url_of
 
 pytestmark = pytest.mark.slow
@@ -94,6 +96,26 @@ async def test_a_lent_sas_creates_and_does_nothing_else(url: str, blobs: AzureBl
     with pytest.raises(Denied, match="lapsed or was revoked"):
         await open_grant(short).put("late.seg", b"x")
     assert [chunk async for chunk in blobs.get(key)] == [b"first"]
+    await grants.close()
+
+
+async def test_a_grant_without_leave_is_not_taken_for_a_name_that_is_taken(url: str, blobs: AzureBlobs) -> None:
+    """Azurite answers both alike, and a shipper deletes what it thinks is there."""
+    grants = await urls.open_grants(url)
+    grant = open_grant(await grants.lend("default", "iris", 60))
+    name = "0-1a2b3c4d-00000001.seg"
+    assert await grant.put(name, b"kept") is True
+    assert await grant.put(name, b"kept") is False
+    keys = [blob.key async for blob in blobs.list("capture/iris/")]
+    assert [parse_segment(key) for key in keys] == [("0-1a2b3c4d", 1)] * 2, "a copy may lie beside it"
+    container = blobs._link.client.get_container_client(blobs._link.capture("default", "iris")[0])
+    (policy,) = (await container.get_container_access_policy())["signed_identifiers"]
+    await container.set_container_access_policy(
+        {policy.id: AccessPolicy(permission=ContainerSasPermissions(read=True), expiry="2100-01-01T00:00:00Z")})
+    for again in (name, "0-1a2b3c4d-00000002.seg"):
+        with pytest.raises(Denied, match="AuthorizationPermissionMismatch"):
+            await grant.put(again, b"lost")
+    assert [blob.key async for blob in blobs.list("capture/iris/")] == keys
     await grants.close()
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import secrets
 from urllib.parse import quote, unquote, urlsplit
 
 from ..core.errors import Denied, Invalid, Unavailable
+from ..core.layout import copy_name
 from .blobs_dir import check_key
 
 TIMEOUT_S = 60.0
-TAKEN = ("BlobAlreadyExists", "UnauthorizedBlobOverwrite", "AuthorizationPermissionMismatch")
-"""A create-only SAS that is good (else it were AuthenticationFailed) lacks just one thing here: leave to overwrite. So
-the name is taken, by an earlier try of the same segment whose answer was lost."""
+TAKEN = ("BlobAlreadyExists", "UnauthorizedBlobOverwrite")
+"""An earlier try of the same segment, whose answer was lost, has the name."""
+UNCLEAR = "AuthorizationPermissionMismatch"
+"""Azurite says so of a name that is taken, and Azure of a grant that may not create (any more). Whoever took one for
+the other would delete a segment that is nowhere: it goes up once more under a name of its own; readers count one."""
 VERSION = "2021-12-02"
 
 
@@ -39,6 +43,10 @@ class SasGrant:
         status, code = await asyncio.to_thread(self._send, name, data)
         if status == 201:
             return True
+        if code == UNCLEAR:
+            status, code = await asyncio.to_thread(self._send, copy_name(name, secrets.token_hex(4)), data)
+            if status == 201:
+                return False
         if code in TAKEN or status == 412:
             return False
         if status in (401, 403, 404):

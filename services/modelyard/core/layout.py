@@ -17,11 +17,11 @@ IMAGE = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._\-]*):([1-9][0-9]*)\Z")
 REPLICA = re.compile(r"^[0-9]{1,6}-[0-9a-f]{8}\Z")
 """One life of one scoring server process: its ordinal and eight random hexadecimal digits."""
 COLLECTOR_NAME = re.compile(r"^[A-Za-z0-9](?:[A-Za-z0-9_\-]|\.(?=[A-Za-z0-9_\-])){0,63}\Z")
-SEGMENT_NAME = re.compile(r"^([0-9]{1,6}-[0-9a-f]{8})-([0-9]{8,12})\.seg\Z")
+SEGMENT_NAME = re.compile(r"^([0-9]{1,6}-[0-9a-f]{8})-([0-9]{8,12})(?:-a[0-9a-f]{8})?\.seg\Z")
 
 
 class SegmentName(NamedTuple):
-    """``0-1a2b3c4d-00000007.seg`` → replica ``0-1a2b3c4d``, number 7."""
+    """``0-1a2b3c4d-00000007.seg`` → replica ``0-1a2b3c4d``, number 7; of a copy the same."""
 
     replica: str
     number: int
@@ -63,6 +63,13 @@ def segments_prefix(workspace: str, deployment: str) -> str:
 def segment_name(replica: str, number: int) -> str:
     """``<replica>-<number>.seg``; names of one replica sort by number."""
     return f"{replica}-{number:08d}.seg"
+
+
+def copy_name(name: str, mark: str) -> str:
+    """``0-1a2b3c4d-00000007-a5e6f7a8b.seg``: the same segment, sent once more under a name that nobody took. ``mark``:
+    eight hexadecimal digits. Whoever reads both counts one."""
+    stem, dot, kind = name.rpartition(".")
+    return f"{stem}-a{mark}.{kind}" if dot else f"{name}-a{mark}"
 
 
 def segment_key(workspace: str, deployment: str, replica: str, number: int) -> str:

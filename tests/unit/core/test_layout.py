@@ -39,6 +39,13 @@ def test_segments_names_sort_and_parse() -> None:
     assert layout.parse_segment("0-1a2b3c4d-1.seg") is None and layout.parse_segment("x.seg") is None
 
 
+def test_a_copy_of_a_segment_is_read_as_that_segment() -> None:
+    copy = layout.copy_name(layout.segment_name(REPLICA, 7), "5e6f7a8b")
+    assert copy == f"{REPLICA}-00000007-a5e6f7a8b.seg"
+    assert layout.parse_segment(f"capture/iris/.segments/{copy}") == (REPLICA, 7)
+    assert layout.parse_segment(copy.replace("-a", "-b")) is None
+
+
 @pytest.mark.parametrize("image", ["iris", "iris:0", "iris:x", "../a:1", "a/b:1", "", ":1"])
 def test_an_image_needs_its_version(image: str) -> None:
     with pytest.raises(Invalid):

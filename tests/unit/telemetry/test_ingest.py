@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from modelyard.core.layout import segment_key
+from modelyard.core.layout import copy_name, segment_key
 from modelyard.telemetry.model import CaptureStream, Process, Segment, Window, join, missing
 from tests.unit.telemetry.bench import NOON, REPLICA, Bench, Crashed, Life, bench, crashing
 
@@ -144,6 +144,22 @@ async def test_the_same_segment_shipped_again_changes_nothing(here: Bench) -> No
         await here.put(key, raw)
         await here.step()
     assert len(await here.ctx.store.find(Segment)) == 1
+    (process,) = await here.ctx.store.find(Process)
+    assert process.runs == [(1, 2)]
+    assert len([e for e in await here.events() if e.topic == "capture.closed"]) == 1
+
+
+async def test_copies_of_a_segment_count_once_whenever_they_come(here: Bench) -> None:
+    """A shipper whose answer was lost may have sent it twice, under two names."""
+    number, raw = Life().record(NOON).record(NOON).segment()
+    key = segment_key("default", "iris", REPLICA, number)
+    await here.put(copy_name(key, "0a1b2c3d"), raw)
+    await here.put(key, raw)
+    await here.step()
+    await here.put(copy_name(key, "4e5f6a7b"), raw)
+    await here.step()
+    (file,) = await here.keys()
+    assert (await table(here, file)).column("sequence").to_pylist() == [1, 2]
     (process,) = await here.ctx.store.find(Process)
     assert process.runs == [(1, 2)]
     assert len([e for e in await here.events() if e.topic == "capture.closed"]) == 1
