@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from pydantic import BaseModel, ConfigDict
 
 from modelyard.adapters.urls import open_store
 from modelyard.core.documents import Document, Range, Time
@@ -75,6 +76,41 @@ async def test_what_was_committed_is_read_back_whole(store: DocumentStore) -> No
     assert await store.get(Plant, "iris:2") is None
     assert await store.get(Plant, "iris:1", workspace="other") is None
     assert await store.get(Tree, "iris:1") is None
+
+
+class NewerPot(BaseModel):
+    size: int = 1
+    glaze: str = "none"
+
+
+class Pot(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    size: int = 1
+
+
+class Potted(Document):
+    kind: ClassVar[str] = "potted"
+    pot: Pot = Pot()
+    secret: str = ""
+
+
+class NewerPotted(Document):
+    kind: ClassVar[str] = "potted"
+    hidden: ClassVar[frozenset[str]] = frozenset({"scent"})
+    pot: NewerPot = NewerPot()
+    secret: str = ""
+    scent: str = ""
+
+
+async def test_a_newer_versions_fields_outlive_a_write_by_this_one(store: DocumentStore) -> None:
+    """Rolling upgrade: what N wrote, N-1 reads, changes and writes back."""
+    await store.commit(NewerPotted(id="p", pot=NewerPot(size=2, glaze="blue"), scent="sweet"))
+    old = await store.get(Potted, "p")
+    assert old is not None and old.pot.size == 2
+    assert "scent" not in old.view() and "scent" not in (await store.find(Potted))[0].view()
+    await store.commit(old.evolve(secret="kept"))
+    new = await store.get(NewerPotted, "p")
+    assert new is not None and (new.scent, new.secret, new.pot.size) == ("sweet", "kept", 2)
 
 
 async def test_a_stale_revision_is_a_conflict_and_changes_nothing(store: DocumentStore) -> None:

@@ -133,7 +133,7 @@ def _record(doc: Document) -> Record:
 
 
 def _document(type_: Any, record: Record) -> Any:
-    return type_.model_validate_json(record.body)
+    return type_.restored(record.body)
 
 
 def _matches(record: Record, query: Query) -> bool:

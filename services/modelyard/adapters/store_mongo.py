@@ -270,7 +270,7 @@ def _change(revision: int, key: Record, state: Record, outbox: list[Record], wai
 
 def _parsed(type_: type[D], body: str) -> D:
     try:
-        return type_.model_validate_json(body)
+        return type_.restored(body)
     except ValidationError as exc:
         raise Invalid(f"a stored {type_.kind} cannot be read by this version of Modelyard: {exc.errors()[0]['msg']}",
                       code="unreadable") from exc

@@ -212,7 +212,7 @@ class _Row:
 
 def _parsed(type_: type[D], body: bytes) -> D:
     try:
-        return type_.model_validate_json(body)
+        return type_.restored(body)
     except ValidationError as exc:
         raise Invalid(f"a stored {type_.kind} cannot be read by this version of Modelyard: {exc.errors()[0]['msg']}",
                       code="unreadable") from exc

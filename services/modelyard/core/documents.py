@@ -40,7 +40,7 @@ class Document(BaseModel):
     or Idempotency-Key that created it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="allow")  # a newer version's fields are kept, and shown to nobody
 
     kind: ClassVar[str]
     """The stored name of this type, unique over all services: ``model``, ``image``, ``deployment``."""
@@ -69,8 +69,14 @@ class Document(BaseModel):
         return self.model_copy(update=changes)
 
     def view(self) -> dict[str, Any]:
-        """The public JSON of this document: no internal or hidden field, times as RFC 3339 text."""
-        return self.model_dump(mode="json", exclude=set(INTERNAL | self.hidden))
+        """The public JSON of this document: no internal, hidden or unknown field, times as RFC 3339 text."""
+        return self.model_dump(mode="json", exclude={*INTERNAL, *self.hidden, *(self.model_extra or ())})
+
+    @classmethod
+    def restored(cls, body: str | bytes) -> Self:
+        """What a store kept, also when a newer version wrote it: fields that are new are no error, and those of the
+        document itself are written again. Raises pydantic's ValidationError."""
+        return cls.model_validate_json(body, extra="allow")
 
 
 INDEXED_ALWAYS = frozenset({"id", "created", "updated", "due", "made_by", "deleted"})
