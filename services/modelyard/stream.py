@@ -227,11 +227,13 @@ class Worker:
         dog, unready = Watchdog(self._patience_s), time.monotonic()
         while True:
             await asyncio.wait({here.broken}, timeout=LOOK_S)
+            if here.ready:
+                self.was_ready, unready = True, time.monotonic()
             if here.broken.done() or here.app.crashed:
                 reason = here.broken.exception() if here.broken.done() else here.app.crash_reason
                 raise Unavailable(f"Faust stopped working: {reason!r}")
             try:
-                behind = await self.kafka.behind(here.app.conf.id, live.TOPICS)
+                behind = await self.kafka.behind(here.app.conf.id, live.TOPICS, here.changelog)
                 self.site.trouble = ""
             except Unavailable as exc:
                 self.site.trouble = exc.message
@@ -240,8 +242,6 @@ class Worker:
                 continue
             mine = here.mine()
             BEHIND.set(sum(end - done for place, (done, end) in behind.items() if place in mine))
-            if here.ready:
-                self.was_ready, unready = True, time.monotonic()
             if silent := dog.silent(behind, mine):
                 raise Unavailable(f"no progress for {self._patience_s:g} s on {silent} although events wait there")
             if time.monotonic() - unready > 2 * self._patience_s:

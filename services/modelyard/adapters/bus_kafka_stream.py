@@ -14,7 +14,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition, errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.partitioner import DefaultPartitioner
 
-from ..core.errors import Invalid
+from ..core.errors import Invalid, NotFound
 from .bus_kafka_link import Link
 from .bus_kafka_topics import BROKERS_CHOICE, Topics
 
@@ -63,9 +63,13 @@ class StreamKafka:
                 raise error(f"{name}: {message}")
         return await _count(admin, name) or self.topics.partitions
 
-    async def behind(self, group: str, sources: Sequence[str]) -> dict[Place, tuple[int, int]]:
-        """Partition → (offset that the group has finished, offset of what comes next). Raises Unavailable."""
+    async def behind(self, group: str, sources: Sequence[str],
+                     changelog: str | None = None) -> dict[Place, tuple[int, int]]:
+        """Partition → (offset that the group has finished, offset of what comes next). Raises Unavailable, or
+        NotFound when somebody deleted the changelog: Faust would go on without its partitions, and say nothing."""
         async with self.topics.admin("asking how far the stream worker is") as admin:
+            if changelog is not None and not await _count(admin, changelog):
+                raise NotFound(f"the changelog {changelog} is gone", kind="topic", id=changelog)
             done = await admin.list_consumer_group_offsets(group)
             reader: Any = AIOKafkaConsumer(**self.link.client(), enable_auto_commit=False)
             await reader.start()
@@ -80,22 +84,23 @@ class StreamKafka:
 
 
 class Watchdog:
-    """Sees with its own connection that work is there and is not done: a consumer may live on and be silent."""
+    """Sees with its own connection that work is there and is not done: a consumer may live on and be silent. Work
+    of others is theirs for three times as long; then it is nobody's, and joining anew shares it out again."""
 
     def __init__(self, patience_s: float = SILENT_S, now: Callable[[], float] = time.monotonic) -> None:
         self._now, self._patience = now, patience_s
         self._stuck: dict[Place, tuple[int, float]] = {}
 
     def silent(self, behind: dict[Place, tuple[int, int]], mine: set[Place]) -> list[Place]:
-        """Partitions of ours with work, where nothing was finished for too long."""
+        """Partitions with work, where nothing was finished for too long."""
         now, stuck = self._now(), {}
-        for place in mine & behind.keys():
-            done, end = behind[place]
+        for place, (done, end) in behind.items():
             if done < end:
                 before, since = self._stuck.get(place, (done, now))
                 stuck[place] = (done, since if before == done else now)
         self._stuck = stuck
-        return sorted(place for place, (_, since) in stuck.items() if now - since > self._patience)
+        return sorted(place for place, (_, since) in stuck.items()
+                      if now - since > self._patience * (1 if place in mine else 3))
 
     def rest(self) -> None:
         """Kafka is away: nobody can be blamed meanwhile."""

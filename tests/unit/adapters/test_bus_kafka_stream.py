@@ -24,8 +24,10 @@ def test_it_speaks_when_nothing_is_finished_for_too_long() -> None:
 def test_no_work_no_share_and_no_kafka_are_no_fault() -> None:
     clock = [0.0]
     dog = Watchdog(45, lambda: clock[0])
-    for clock[0] in range(0, 200, 5):
+    for clock[0] in range(0, 140, 5):
         assert dog.silent({ONE: (9, 9), TWO: (0, 9)}, {ONE}) == []
+    clock[0] += 1
+    assert dog.silent({ONE: (9, 9), TWO: (0, 9)}, {ONE}) == [TWO], "nobody has it"
     assert dog.silent({ONE: (9, 10)}, {ONE}) == []
     dog.rest()
     clock[0] += 100
