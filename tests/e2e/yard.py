@@ -89,7 +89,7 @@ class Yard:
             for name in names:
                 yard.launch(name)
             for name in names:
-                yard.wait_ready(name)
+                yard.wait_ready(name, 120.0)  # a broker makes dozens of topics first; one that ends is seen at once
         except BaseException:
             yard.stop()  # nobody else knows of them
             raise
