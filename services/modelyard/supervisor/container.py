@@ -18,7 +18,7 @@ from ..core.errors import ModelyardError, Unavailable
 from .logfile import LogFile
 
 T = TypeVar("T")
-AGAIN_S, TELL_S, LEAVING_S = 0.5, 1.5, 5.0
+AGAIN_S, TELL_S, LEAVING_S, GONE_S = 0.5, 1.5, 5.0, 5.0
 CANNOT = 125
 """Docker's own exit code for a container that could not be started."""
 
@@ -54,6 +54,8 @@ class Container:
             if not self.exited.done():
                 then()
                 await asyncio.wait([self.exited], timeout=grace_s)
+        await asyncio.wait([self._task], timeout=GONE_S)
+        self._task.cancel()
         return await asyncio.shield(self.exited)
 
     def _signal(self, name: str) -> None:
@@ -78,9 +80,12 @@ class Container:
             self._log.flush()
             self.pid = None
             self.exited.set_result(code)
+        with contextlib.suppress(ModelyardError):
+            if self._id and not self.taken_away:
+                await self._asked(self._engine.remove, self._id)
 
     async def _until_ended(self) -> int:
-        """Reads its output and looks how it is, for as long as it runs; takes it away at the end."""
+        """Reads its output and looks how it is, for as long as it runs."""
         since, leaving = 0, 0.0
         while True:
             state = await self._asked(self._engine.state, self._id)
@@ -93,7 +98,6 @@ class Container:
                 continue
             if not state.running:
                 self._say_how(state)
-                await self._asked(self._engine.remove, self._id)
                 return state.code
             self.pid = state.pid
             ended, since = self._read(since), int(time.time())

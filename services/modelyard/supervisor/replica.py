@@ -81,8 +81,9 @@ class Replica:
             self._idle.set()
 
     def report(self, generation: int) -> dict[str, Any]:
-        return {"name": self.name, "generation": generation, "ready": self.ready and not self.leaving,
-                "pid": self.pid, "restarts": self.restarts, "reason": "draining" if self.leaving else self.reason}
+        up = self.ready and not self.leaving and self.pid is not None  # its end is known a moment before it is taken in
+        return {"name": self.name, "generation": generation, "ready": up, "pid": self.pid,
+                "restarts": self.restarts, "reason": "draining" if self.leaving else self.reason}
 
     async def drain(self) -> None:
         """Takes it out of service without losing a call: no new connections, then none left, then the end."""
