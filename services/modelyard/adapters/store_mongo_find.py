@@ -30,11 +30,15 @@ def base_indexes() -> list[dict[str, Any]]:
 def indexes(type_: type[Document]) -> list[dict[str, Any]]:
     """One for each field that a type declares, shared by types that declare the same. A list or map is ordered by
     creation behind its entries, for that is how lists are read; a single value by id, which breaks its ties."""
-    names = [(field, field) for field in sorted((type_.indexed | INDEXED_ALWAYS) - {"id", "deleted", "due"})]
-    names += [(field, f"{field}=") for field, _ in names if shape(type_, field) == "map"]
-    return [{"keys": [(KIND, 1), (DELETED, 1), (SPACE, 1), (f"f.{name}", 1),
-                      (ID if shape(type_, field) == "scalar" else "f.created", 1)],
-             "name": name, "partialFilterExpression": {f"f.{name}": {"$exists": True}}} for field, name in names]
+    found: list[dict[str, Any]] = []
+    for field in sorted((type_.indexed | INDEXED_ALWAYS) - {"id", "deleted", "due"}):
+        many = shape(type_, field) != "scalar"
+        for path in (field, f"{field}=") if shape(type_, field) == "map" else (field,):
+            keys = [(KIND, 1), (DELETED, 1), (SPACE, 1), (f"f.{path}", 1), ("f.created" if many else ID, 1)]
+            found.append({"keys": keys,
+                          "name": f"{path}[]" if many else path,
+                          "partialFilterExpression": {f"f.{path}": {"$exists": True}}})
+    return found
 
 
 def fields(keys: Mapping[str, Any]) -> dict[str, Any]:

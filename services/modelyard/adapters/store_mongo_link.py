@@ -182,8 +182,10 @@ class Feed:
             self._thread.start()
 
     async def stop(self) -> None:
+        """Its thread ends after the answer that it waits for; for a server that answers no more nobody waits."""
         self._ended.set()
-        while self._thread is not None and self._thread.is_alive():  # noqa: ASYNC110 - a thread ends by itself
+        end = time.monotonic() + 2 * self.WAIT_MS / 1000
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     def _work(self) -> None:
