@@ -86,7 +86,7 @@ class Caller:
     async def tag(self) -> None:
         """Several changes of one model in a row: what follows must stay behind what waits."""
         ref = self.dice.choice(self.made["model"])
-        for _ in range(self.dice.randint(1, 4)):
+        for _ in range(self.dice.randint(1, 6)):
             await self.ask("registry", "PATCH", f"/v1/models/{ref}", {"tags": {"n": str(self.keys)}})
 
     async def alias(self) -> None:
@@ -150,10 +150,10 @@ async def misfortune(world: World) -> None:
                 await asyncio.sleep(dice.uniform(0.0, 3.0))
                 await world.start(name)
         elif what == "outage":
-            port = dice.choice(("bus", "store", "blobs", "images", "target", "network"))
+            port = dice.choice(("bus", "store", "blobs", "blobs", "images", "target", "network"))
             world.trace.note(f"the {port} goes away")
             world.weather.away.add(port)
-            await asyncio.sleep(dice.uniform(0.1, 8.0))
+            await asyncio.sleep(dice.uniform(0.1, 10.0))
             world.weather.away.discard(port)
         elif what == "rebalance":
             world.log.rebalance(dice.choice(list(SERVICES)))
@@ -176,6 +176,7 @@ def rough(weather: Weather) -> None:
 async def play(world: World) -> None:
     """The story of a seed: processes start, callers call through the storm, then it is quiet and all comes right."""
     rough(world.weather)
+    world.stalls = world.weather.stall > 0
     for name in INSTANCES:
         await world.start(name)
     storm = world.loop.create_task(misfortune(world))
