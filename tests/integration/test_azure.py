@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from azure.core.exceptions import ClientAuthenticationError
 from azure.storage.blob import AccessPolicy, ContainerSasPermissions
 
 from infra.stack.azurite import KEY
@@ -168,3 +169,33 @@ async def test_what_is_wrong_is_said_with_the_fix(url: str, bend, words: list[st
 async def test_urls_that_name_no_container(url: str) -> None:
     with pytest.raises(Invalid):
         await urls.open_blobs(url)
+
+
+async def test_a_key_that_is_none_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(Invalid, match="base64") as caught:
+        await urls.open_blobs(url.replace("Eby8", "!secret!"))
+    assert "secret" not in caught.value.message
+
+
+async def test_nobody_logged_in_is_told_how_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's own words, when DefaultAzureCredential found nothing, fill a screen and name no setting of ours."""
+    for name in ("AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING"):
+        monkeypatch.delenv(name, raising=False)
+    store = await urls.open_blobs("azure://acct.blob.core.windows.net/yard")
+    assert isinstance(store, AzureBlobs)
+    with pytest.raises(Denied) as caught, store._link.ours("check"):
+        raise ClientAuthenticationError("DefaultAzureCredential failed to retrieve a token")
+    assert all(word in caught.value.message for word in ("'acct'", "AZURE_STORAGE_KEY", "az login"))
+    await store.close()
+
+
+async def test_a_key_may_come_from_a_connection_string(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = url.replace(f"{urlsplit(url).netloc.rpartition('@')[0]}@", "")
+    monkeypatch.delenv("AZURE_STORAGE_KEY", raising=False)
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", f"AccountName=devstoreaccount1;AccountKey={KEY};X=y")
+    for _ in range(2):
+        store = await urls.open_blobs(bare)
+        assert await store.put("a", one(b"1"))
+        await store.close()
+        monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
+        monkeypatch.setenv("AZURE_STORAGE_KEY", KEY)

@@ -7,7 +7,9 @@ the container that the URL names. A blob's name is its key in either.
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -59,7 +61,17 @@ def place(url: str) -> Place:
     if key is None and local:
         raise Invalid(f"blobs={address}: over http an account's key is needed; write {FORM}, or set AZURE_STORAGE_KEY",
                       field="blobs")
+    if key is not None and not _is_key(key):
+        raise Invalid(f"blobs={address}: the account's key is not base64, as Azure shows it; in a URL '+', '/' and "
+                      "'=' are written %2B, %2F and %3D", field="blobs")
     return Place(address, unquote(parts.username) if parts.username else account, key, folders[-1])
+
+
+def _is_key(text: str) -> bool:
+    try:
+        return bool(base64.b64decode(text, validate=True))
+    except ValueError:
+        return False
 
 
 def _environ(name: str) -> str | None:
@@ -91,6 +103,7 @@ class Link:
         if where.key is None:
             from azure.identity.aio import DefaultAzureCredential
 
+            logging.getLogger("azure.identity").setLevel(logging.ERROR)  # else twelve lines for each failed call
             credential = DefaultAzureCredential()
         signed = {"account_name": where.account, "account_key": where.key} if where.key else credential
         client = BlobServiceClient(
@@ -168,14 +181,21 @@ class Link:
         if code == "ContainerNotFound":  # somebody took it away: the next call makes it again
             self._made.clear()
         if isinstance(exc, azure.ClientAuthenticationError) or code in ("AuthenticationFailed", "AuthorizationFailure"):
-            return Denied(f"{where} refuses the credentials of account '{self.place.account}' ({code}): give the right "
-                          "key in the URL, AZURE_STORAGE_KEY or AZURE_STORAGE_CONNECTION_STRING")
+            return Denied(f"{where} {self._refusal(code)}")
         if exc.status_code == 403:
             return Denied(f"{where}: account '{self.place.account}' may not do this ({code}): it needs the role "
                           "Storage Blob Data Contributor, or the account's key")
         if exc.status_code in (400, 411, 413):
             return Invalid(f"{where} refuses the request ({code})")
         return Unavailable(f"{where} answers {exc.status_code} {code}; try again")
+
+
+    def _refusal(self, code: str) -> str:
+        if self.place.key is None and not code:
+            return (f"has no key of account '{self.place.account}', and nobody is logged in: set AZURE_STORAGE_KEY or "
+                    "AZURE_STORAGE_CONNECTION_STRING, or log in (`az login`, a managed identity, AZURE_CLIENT_ID …)")
+        return (f"refuses the credentials of account '{self.place.account}' ({code}): give the right key in the URL, "
+                "AZURE_STORAGE_KEY or AZURE_STORAGE_CONNECTION_STRING")
 
 
 def error_code(exc: azure.HttpResponseError) -> str:
