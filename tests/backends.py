@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from infra.stack import server_class
+from infra.stack import SERVERS, server_class
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,20 @@ def server(name: str) -> str | None:
 
 CORNERS: dict[str, set[str]] = {}
 """Server → the words of this session's corners in it, for who clears them away."""
+
+
+def support() -> dict[str, str]:
+    """Of each real server: whether it was given, is of ``make stack``, could be had, or why it cannot."""
+    told = {}
+    for name in SERVERS:
+        class_ = server_class(name)
+        if f"MODELYARD_TEST_{name.upper()}" in os.environ:
+            told[name] = f"given in MODELYARD_TEST_{name.upper()}"
+        elif class_().status().state == "running":
+            told[name] = f"native, {class_.version}"
+        else:
+            told[name] = class_.missing() or "not started: make stack, or make test"
+    return told
 
 
 def _own(name: str, make: Callable[[str, str], str]) -> Callable[[Path], str | None]:

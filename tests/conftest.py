@@ -21,11 +21,18 @@ from modelyard.kernel.service import Context
 from modelyard.kernel.wakes import Wakes
 from modelyard.ports.bus import EventBus
 from modelyard.ports.store import DocumentStore
+from tests import backends
 from tests.corners import clear_kafka
 
 HERE = Path(__file__).parent
 GUARDED = (HERE / "unit", HERE / "contract")
 UV_CACHE = os.environ.get("UV_CACHE_DIR") or f"{os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'}/uv"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The support matrix: where each real server is, or why there is none."""
+    for name, told in backends.support().items():
+        terminalreporter.write_line(f"{name:9} {told}")
 
 
 @pytest.fixture(autouse=True)

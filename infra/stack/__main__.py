@@ -14,7 +14,10 @@ VERBS = {
     "stop": "stop exactly what was started",
     "status": "say what runs, where, and where its log is",
     "missing": "say what this machine cannot run, and why",
+    "settings": "print a modelyard.toml for those that run",
 }
+SETTINGS = {"kafka": ("bus", ""), "mongo": ("store", ""), "azure": ("blobs", "/modelyard"),
+            "registry": ("images", "/modelyard")}
 
 
 def one(verb: str, name: str) -> str:
@@ -37,6 +40,20 @@ def one(verb: str, name: str) -> str:
     return f"{status.state} {status.url} pid {status.pid}, log {status.log}" if status.pid else status.state
 
 
+def settings(names: list[str]) -> str:
+    """The lines of a ``modelyard.toml`` that puts every service on the servers that run."""
+    lines = ["# On the servers of `make stack`. A secret in here is the emulator's well-known one."]
+    targets = ['local = "process://"']
+    for name in names:
+        status = server_class(name)().status()
+        if status.state == "running" and name in SETTINGS:
+            setting, place = SETTINGS[name]
+            lines.append(f'{setting} = "{status.url}{place}"')
+        elif status.state == "running":
+            targets.append(f'{name} = "{status.url}"')
+    return "\n".join([*lines, "", "[targets]", *targets])
+
+
 def main() -> int:
     """0; 1 when a named server could not be had (``--available``: only told)."""
     parser = argparse.ArgumentParser(prog="python -m infra.stack", description=__doc__)
@@ -46,6 +63,9 @@ def main() -> int:
     args = parser.parse_args()
     failed = False
     names = args.servers or list(SERVERS)
+    if args.verb == "settings":
+        print(settings(names))
+        return 0
     for name in reversed(names) if args.verb == "stop" else names:
         try:
             print(f"{name:9} {one(args.verb, name)}", flush=True)

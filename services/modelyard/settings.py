@@ -87,10 +87,10 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; beyond loopback a token is needed.")
     port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
         None, description="Port to listen on: 8700, or a single service's own from `services`.")
-    store: str = Field(description="Documents: sqlite:///PATH.")
-    bus: str = Field(description="Events: sqlite:///PATH.")
-    blobs: str = Field(description="Artifacts and capture: file:///FOLDER.")
-    images: str = Field(description="Images: oci-layout:///FOLDER.")
+    store: str = Field(description="Documents: sqlite:///PATH or mongodb://HOST:PORT/DATABASE?replicaSet=NAME.")
+    bus: str = Field(description="Events: sqlite:///PATH or kafka://HOST:PORT.")
+    blobs: str = Field(description="Artifacts and capture: file:///FOLDER or azure://HOST/CONTAINER.")
+    images: str = Field(description="Images: oci-layout:///FOLDER or oci://HOST:PORT/PREFIX.")
     targets: Map = Field({"local": "process://"}, description="Where deployments run: name=URL.")
     services: Map = Field(DEFAULT_SERVICES, description="Where the services are when they run apart: name=URL.")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)] = Field(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.backends import need
 from tests.e2e.yard import free_port, running_under, until
 
 pytestmark = pytest.mark.slow
@@ -38,10 +39,13 @@ class Shell:
         assert "Traceback" not in done.stderr
         return done.stdout + done.stderr
 
-    def background(self, line: str, url: str) -> None:
+    def start(self, line: str) -> None:
         log = (self.home / "serve.log").open("ab")
         self.started.append(subprocess.Popen(["bash", "-c", f"exec {line}"], cwd=ROOT, env=self.env, stdout=log,
                                              stderr=log, stdin=subprocess.DEVNULL))
+
+    def background(self, line: str, url: str) -> None:
+        self.start(line)
 
         def ready() -> bool:
             with suppress(OSError):
@@ -78,7 +82,7 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
 
 def test_tour(shell: Shell) -> None:
     for language, mark, block in BLOCKS:
-        if mark == " apart":
+        if mark in (" apart", " stack", " distributed"):
             continue
         if language == "python":
             shell.run(f"python - <<'END'\n{block}\nEND")
@@ -91,12 +95,46 @@ def test_tour(shell: Shell) -> None:
                 shell.run(line, ok=mark != " fails")
 
 
-def test_services_apart(shell: Shell) -> None:
-    (block,) = [block for _, mark, block in BLOCKS if mark == " apart"]
-    ports = {"registry": 8701, "image-builder": 8702, "deployer": 8703, "telemetry": 8705}
+PORTS = {"registry": 8701, "image-builder": 8702, "deployer": 8703, "telemetry": 8705}
+
+
+def serve_apart(shell: Shell, block: str) -> None:
+    """Each line of the block in the background, then every one of the services is asked for all of the yard."""
     del shell.env["MODELYARD_PORT"]
     for line in commands(block):
-        shell.background(line, f"http://127.0.0.1:{ports[line.split()[-1]]}")
-    for port in ports.values():
+        if (name := line.split()[2]) in PORTS:
+            shell.background(line, f"http://127.0.0.1:{PORTS[name]}")
+        else:
+            shell.start(line)
+    for port in PORTS.values():
         shell.env["MODELYARD_URL"] = f"http://127.0.0.1:{port}"
         shell.run("modelyard deployments list && modelyard models list && modelyard images list")
+
+
+def blocks(mark: str) -> str:
+    (block,) = [block for _, found, block in BLOCKS if found == f" {mark}"]
+    return block
+
+
+def test_services_apart(shell: Shell) -> None:
+    serve_apart(shell, blocks("apart"))
+
+
+def test_distributed_natively(shell: Shell, tmp_path: Path) -> None:
+    """As it is written, but on the servers that this run of the tests has: `make stack` would start others."""
+    for name in ("kafka", "mongo", "azure", "registry"):
+        need(name)
+    make, settings, doctor = commands(blocks("stack"))
+    assert make == "make stack"
+    toml = str(tmp_path / "modelyard.toml")
+    shell.run(settings.replace(".stack/modelyard.toml", toml))
+    mended = Path(toml).read_text().replace("/modelyard\"", f"/readme-{os.getpid()}\"")
+    Path(toml).write_text(mended.replace("/?replicaSet", f"/readme-{os.getpid()}?replicaSet"))
+    assert all(f"{scheme}://" in mended for scheme in ("kafka", "mongodb", "azure", "oci"))
+    serve_apart(shell, blocks("distributed").replace(".stack/modelyard.toml", toml))
+    shell.env["MODELYARD_URL"] = "http://127.0.0.1:8701"
+    shell.run("modelyard deploy demo/tour --name adder")
+    assert "6" in shell.run("modelyard score adder --data '{\"data\": [[1, 2, 3]]}'")
+    assert "built" in shell.run("modelyard events list --type 'image.*'")
+    shell.run(doctor.replace(".stack/modelyard.toml", toml))
+    shell.run("modelyard deployments delete adder --wait")
