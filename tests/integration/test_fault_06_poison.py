@@ -104,7 +104,12 @@ async def test_poison_is_set_aside_with_its_story_and_delays_nobody(tmp_path: Pa
         url = f"{kafka.url}/yard"
         async with hosted(service, tmp_path / "telemetry", bus=url) as ctx:
             notices = await open_bus(url)
-            await notices.read([TOPIC], "beginning")  # the topic is declared
+            await notices.publish(event(COUNT))
+            async with asyncio.timeout(60):
+                while not handler.effects:  # the topic is declared and the group has joined
+                    await asyncio.sleep(0.05)
+            handler.effects.clear()
+            handler.waits.clear()
             await write(kafka, f"yard.{TOPIC}")
             letters = await letters_of(ctx, 10)
             async with asyncio.timeout(30):
