@@ -1,6 +1,7 @@
 """A program that calls a deployment without pause, as its users do, until its input ends; then it prints what it saw.
 
-    python load.py GRPC_ADDRESS REST_URL   →   {"grpc": {"calls": …, "failed": [...], "answers": {…}, "p50_ms": …}, …}
+    python load.py GRPC_ADDRESS REST_URL [REST_S [EVERY_S]]
+    → {"grpc": {"calls": …, "failed": [...], "answers": {…}, "p50_ms": …}, …}
 
 ``grpc``: long-lived channels; ``channel``: a channel per call; both with gRPC's standard retry. ``kept``: HTTP
 connections that are kept; ``once``: one per call; both try again when a connection was closed before any byte.
@@ -68,14 +69,15 @@ class Clients:
         self.seen: dict[str, list[tuple[float, str, str]]] = {}
         self.threads: list[threading.Thread] = []
 
-    def start(self, kind: str, count: int, make: Callable[[], Callable[[], str]], rest_s: float) -> None:
+    def start(self, kind: str, count: int, make: Callable[[], Callable[[], str]], rest_s: float,
+              every_s: float = 0.0) -> None:
         self.seen[kind] = []
         for _ in range(count):
-            thread = threading.Thread(target=self._call, args=(kind, make, rest_s))
+            thread = threading.Thread(target=self._call, args=(kind, make, rest_s, every_s))
             thread.start()
             self.threads.append(thread)
 
-    def _call(self, kind: str, make: Callable[[], Callable[[], str]], rest_s: float) -> None:
+    def _call(self, kind: str, make: Callable[[], Callable[[], str]], rest_s: float, every_s: float) -> None:
         once = make()
         while not self.stop.is_set():
             began = time.perf_counter()
@@ -84,8 +86,9 @@ class Clients:
             except Exception as exc:  # noqa: BLE001 - every failure of a call is what is counted here
                 code = exc.code().name + " " + str(exc.details()) if isinstance(exc, grpc.RpcError) else repr(exc)
                 outcome = ("", code)
-            self.seen[kind].append((time.perf_counter() - began, *outcome))
-            time.sleep(rest_s)
+            took = time.perf_counter() - began
+            self.seen[kind].append((took, *outcome))
+            time.sleep(max(rest_s, every_s - took))
 
     def kept_channel(self) -> Callable[[], str]:
         channel = grpc.insecure_channel(self.address, OPTIONS)
@@ -133,10 +136,11 @@ class Clients:
 def main() -> None:
     clients = Clients(sys.argv[1], sys.argv[2])
     rest_s = float(sys.argv[3]) if len(sys.argv) > 3 else 0.01
-    clients.start("grpc", 4, clients.kept_channel, rest_s)
-    clients.start("channel", 2, clients.channel_per_call, rest_s)
-    clients.start("kept", 4, clients.kept_connection, rest_s)
-    clients.start("once", 2, clients.connection_per_call, rest_s)
+    every_s = float(sys.argv[4]) if len(sys.argv) > 4 else 0.0
+    clients.start("grpc", 4, clients.kept_channel, rest_s, every_s)
+    clients.start("channel", 2, clients.channel_per_call, rest_s, every_s)
+    clients.start("kept", 4, clients.kept_connection, rest_s, every_s)
+    clients.start("once", 2, clients.connection_per_call, rest_s, every_s)
     sys.stdin.read()
     print(json.dumps(clients.report()))
 

@@ -23,7 +23,7 @@ from tests.integration.test_upgrade import Stage, called, nothing_failed
 pytestmark = [pytest.mark.slow, pytest.mark.fault]
 BACK_S = 15.0
 HUNDRED_A_SECOND = 0.115
-"""What each of twelve clients rests between two calls of a few milliseconds."""
+"""How often each of twelve clients calls."""
 
 
 @pytest.fixture(scope="module")

@@ -69,13 +69,13 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
 
 
 @asynccontextmanager
-async def called(seen: Observed, rest_s: float = 0.01) -> AsyncIterator[dict[str, Any]]:
-    """Clients of every kind call meanwhile, each resting so long between two calls; at the end the dict is what they
-    saw."""
+async def called(seen: Observed, every_s: float = 0.0) -> AsyncIterator[dict[str, Any]]:
+    """Clients of every kind call meanwhile, each once in ``every_s`` or as soon as it can; at the end the dict is what
+    they saw."""
     told: dict[str, Any] = {}
     load = await asyncio.create_subprocess_exec(
         sys.executable, str(Path(__file__).with_name("load.py")), seen.endpoints["grpc"], seen.endpoints["rest"],
-        str(rest_s), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
+        "0.01", str(every_s), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
     try:
         await asyncio.sleep(1)
         yield told
