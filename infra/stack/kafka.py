@@ -26,7 +26,7 @@ process.roles=broker,controller
 node.id=1
 controller.quorum.bootstrap.servers=127.0.0.1:{control}
 listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{control}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+advertised.listeners=PLAINTEXT://127.0.0.1:{advertised}
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
@@ -111,7 +111,8 @@ class Kafka(Server):
         if not control.exists():
             control.write_text(str(free_port()))
         properties = self._properties
-        properties.write_text(PROPERTIES.format(port=self.port, control=control.read_text(), data=self.data))
+        properties.write_text(PROPERTIES.format(port=self.port, advertised=self.advertised or self.port,
+                                                control=control.read_text(), data=self.data))
         if not (self.data / "log" / "meta.properties").exists():
             tool = self._java("kafka.tools.StorageTool", *JVM[2:])
             cluster = run(*tool, "random-uuid").split()[-1]

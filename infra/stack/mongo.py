@@ -91,7 +91,7 @@ class Mongo(Server):
         """Initiates the set once, and waits until its node is the primary: at once for a set of one."""
         if not self.replica_set:
             return
-        member = {"_id": 0, "host": f"127.0.0.1:{self.port}"}
+        member = {"_id": 0, "host": f"127.0.0.1:{self.advertised or self.port}"}
         wanted = {"_id": SET, "members": [member], "settings": {"electionTimeoutMillis": 1000}}
         end = time.monotonic() + self.start_s
         while time.monotonic() < end:

@@ -53,6 +53,8 @@ class Server(ABC):
     version: ClassVar[str]
     start_s: ClassVar[float] = 60.0
     stop_s: ClassVar[float] = 30.0
+    advertised: int = 0
+    """The port that a server which names itself to its clients tells them: a proxy's before it; 0: its own."""
 
     def __init__(self, folder: Path | None = None, port: int = 0) -> None:
         self.folder = (folder or RUN / self.name).absolute()
