@@ -14,6 +14,7 @@ import os
 import queue
 import random
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -219,14 +220,14 @@ class SqliteFile:
         self.path = self.path.resolve()
         with contextlib.suppress(FileExistsError):
             self.path.parent.mkdir(mode=0o700, parents=True)
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            about = os.fstat(handle)
-            if about.st_mode & 0o077:
-                os.fchmod(handle, 0o600)
-            self._inode = about.st_ino
-        finally:
-            os.close(handle)
+        # Never opened but by SQLite: closing any descriptor of the file drops every lock that this process has on it,
+        # and another process that ends would then take the log away from under us.
+        with contextlib.suppress(FileExistsError):
+            os.mknod(self.path, 0o600 | stat.S_IFREG)
+        about = os.stat(self.path)
+        if about.st_mode & 0o077:
+            os.chmod(self.path, 0o600)
+        self._inode = about.st_ino
         db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=True, cached_statements=256)
         try:
             self._patiently(lambda: self._prepare(db))
