@@ -100,6 +100,9 @@ async def opened(settings: Settings, names: Sequence[str] = ()) -> AsyncIterator
             stack.callback(os.close, await asyncio.to_thread(lock, settings.data, service.name))
         token = settings.service_token.get_secret_value() if settings.service_token else \
             await asyncio.to_thread(service_token, settings.data)
+        if settings.service_token is None and len(wanted) < len(house) and urls.on_server(settings.store):
+            log.warning("MODELYARD_SERVICE_TOKEN is not set: services refuse each other unless all of them use the "
+                        "data folder %s; give every one of them the same token", settings.data)
         guard = Guard(_hosts(settings), token=await asyncio.to_thread(settings.secret), service_token=token)
         peers = Peers(settings.services, token)
         stack.push_async_callback(peers.close)

@@ -82,10 +82,10 @@ async def consume(ctx: Context, service: Service, bus: EventBus) -> None:
                 log.warning("no events arrive until this is over: %s", exc)
         except ExceptionGroup as group:
             outages, faults = group.split((Unavailable, Invalid))
-            if faults is not None:
-                raise faults from None
-            if said.new("outage", outages):
-                log.warning("events cannot be handled until this is over: %s", outages)
+            if faults is not None or outages is None:
+                raise (faults or group) from None
+            if said.new("outage", outages.exceptions[0]):  # of many that met the same, one says why
+                log.warning("events cannot be handled until this is over: %s", outages.exceptions[0])
         await asyncio.sleep(wait)
         wait = min(wait * 2, 5.0)
 
