@@ -8,6 +8,8 @@ export ORT_DISABLE_TELEMETRY := 1
 .PHONY: help demo test test-fast test-faults stack stack-down bench lint proto constraints clean
 TEST_RUN := $(CURDIR)/.stack/test
 STACK    := MODELYARD_TEST_RUN=$(TEST_RUN) $(PY) -m infra.stack
+WITH_STACK := $(STACK) stop >/dev/null; rm -rf $(TEST_RUN); $(STACK) start --available; trap '$(STACK) stop' EXIT; \
+  export MODELYARD_TEST_RUN=$(TEST_RUN);
 EMBEDDED := MODELYARD_TEST_RUN=$(CURDIR)/.stack/none
 
 help:            ## what can be made
@@ -33,16 +35,13 @@ demo: $(VENV)/.demo          ## the whole path on this machine: register, build,
 	@$(PY) demo/run.py
 
 test: $(VENV)/.test          ## every test, on the embedded parts and on every real server that this machine can run
-	@$(STACK) stop >/dev/null; rm -rf $(TEST_RUN)
-	@$(STACK) start --available
-	@trap '$(STACK) stop' EXIT; export MODELYARD_TEST_RUN=$(TEST_RUN); \
-	  $(PY) -m pytest -m "not slow" -n 3 --dist loadfile && $(PY) -m pytest -m "slow and not fault"
+	@$(WITH_STACK) $(PY) -m pytest -m "not slow" -n 3 --dist loadfile && $(PY) -m pytest -m "slow and not fault"
 
 test-fast: $(VENV)/.test     ## the tests that take less than a minute together, on the embedded parts
 	@$(EMBEDDED) $(PY) -m pytest -m "not slow" -n 3 --dist loadfile
 
 test-faults: $(VENV)/.test   ## kills, freezes and cuts real servers under load (about half an hour)
-	@$(PY) -m pytest -m fault -s
+	@$(WITH_STACK) $(PY) -m pytest -m fault -s
 
 stack: $(VENV)/.test         ## Kafka, MongoDB, Azurite, Docker and a registry as programs on this machine
 	@$(PY) -m infra.stack start
