@@ -50,15 +50,21 @@ class Portal:
         end = object()
 
         over = asyncio.Event()
+        running: asyncio.Task[Any] | None = None
 
         async def step() -> Any:
+            nonlocal running
+            running = asyncio.current_task()
             over.clear()
             try:
                 return await anext(source, end)
             finally:
+                running = None
                 over.set()
 
         async def close() -> None:
+            if running is not None and not running.cancelling():
+                running.cancel()  # an interrupt came before anybody here could cancel it
             await over.wait()  # an interrupted step is being cancelled over there: it ends first
             if (aclose := getattr(source, "aclose", None)) is not None:
                 await aclose()

@@ -1,7 +1,10 @@
 """The blocking side: the same methods, one thread, no loop left behind."""
 
+import asyncio
 import inspect
 import threading
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -10,6 +13,7 @@ from modelyard.client import sync
 from modelyard.client.capture import AsyncCapture, moment
 from modelyard.client.dead import AsyncDeadLetters
 from modelyard.client.deployments import AsyncDeployment, AsyncDeployments
+from modelyard.client.faces import Portal
 from modelyard.client.images import AsyncImage, AsyncImages
 from modelyard.client.models import AsyncModel, AsyncModels
 from modelyard.core.errors import Invalid, Unavailable
@@ -47,6 +51,38 @@ def test_a_bad_url_leaves_no_thread() -> None:
     with pytest.raises(Invalid):
         Client("nonsense")
     assert threading.active_count() == before
+
+
+def test_an_interrupt_before_the_wait_began_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C may fall between handing a step over and holding what would cancel it."""
+    hand_over, seen, portal = asyncio.run_coroutine_threadsafe, list[str](), Portal()
+
+    async def endless() -> AsyncIterator[int]:
+        try:
+            yield 1
+            await asyncio.Event().wait()
+        finally:
+            seen.append("closed")
+
+    def interrupted(*args: Any) -> Any:
+        monkeypatch.undo()
+        hand_over(*args)
+        raise KeyboardInterrupt
+
+    def follow() -> None:
+        items = portal.iterate(endless())
+        next(items)
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+        try:
+            next(items)
+        except KeyboardInterrupt:
+            seen.append("interrupted")
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert seen == ["closed", "interrupted"]
+    portal.close()
 
 
 def test_moments() -> None:
