@@ -123,16 +123,9 @@ def _holds_of_models(world: World, living: list[Model]) -> list[str]:
     for names in every(world, "registry", ModelName):
         for alias, version in names.aliases.items():
             needed[f"{names.name}:{version}"].add(f"alias/{alias}")
-    here = {doc.id: set(doc.holds) - _overtaken(world) for doc in living}
+    here = {doc.id: set(doc.holds) for doc in living}
     return [f"{ref} is held by {sorted(here.get(ref, ()))}, needed by {sorted(needed[ref])}"
             for ref in sorted({*needed, *here}) if here.get(ref, set()) != needed.get(ref, set())]
-
-
-def _overtaken(world: World) -> set[str]:
-    """Where calls may stand still for longer than an image lives, a hold may arrive after its holder is gone. It
-    blocks nothing, for a deletion asks who holds; only there is it forgiven."""
-    images: list[Image] = every(world, "image-builder", Image, dead=True)
-    return {f"image/{doc.id}" for doc in images if doc.deleted} if world.stalls else set()
 
 
 def _images(world: World) -> list[str]:

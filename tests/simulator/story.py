@@ -176,7 +176,6 @@ def rough(weather: Weather) -> None:
 async def play(world: World) -> None:
     """The story of a seed: processes start, callers call through the storm, then it is quiet and all comes right."""
     rough(world.weather)
-    world.stalls = world.weather.stall > 0
     for name in INSTANCES:
         await world.start(name)
     storm = world.loop.create_task(misfortune(world))

@@ -105,7 +105,6 @@ class World:
         self.buried: list[Any] = []
         self.faults: list[str] = []
         self.poisoned = 0
-        self.stalls = False
 
     async def start(self, name: str) -> None:
         """A new life of an instance."""

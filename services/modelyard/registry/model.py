@@ -28,15 +28,20 @@ class Artifact(Document):
     fate: Literal["kept", "doomed", "erasing"] = "kept"
 
 
+LET_GO = 64
+"""So many images that let go of a model it remembers: for as long as a call of theirs may still be on its way."""
+
+
 class Model(Document):
-    """One version of a name. ``holds`` are those who need it, ``"<kind>/<holder>"`` → since when.
+    """One version of a name. ``holds`` are those who need it, ``"<kind>/<holder>"`` → since when; ``let_go`` the images
+    that needed it last.
 
     ``place`` sorts by name, then version. ``marks`` of the highest version hold ``latest`` and ``latest/<name>``.
     """
 
     kind = "model"
     indexed = frozenset({"name", "place", "marks", "artifact", "framework", "run", "tags", "properties"})
-    hidden = frozenset({"marks", "holds"})   # and ``place``, which lists may be ordered by
+    hidden = frozenset({"marks", "holds", "let_go"})   # and ``place``, which lists may be ordered by
 
     name: str
     version: int
@@ -59,6 +64,7 @@ class Model(Document):
     place: str
     marks: tuple[str, ...] = ()
     holds: dict[str, Time] = {}
+    let_go: tuple[str, ...] = ()
 
     @property
     def aliases(self) -> list[str]:
@@ -150,15 +156,20 @@ def patched(doc: Model, wanted: ModelSpec, now: datetime) -> tuple[Model, dict[s
 
 
 def held(doc: Model, kind: str, holder: str, now: datetime) -> Model | None:
-    """With the hold, or None when it is there."""
+    """With the hold, or None when it is there; or when it comes late: a call of a builder that died may arrive when the
+    image has gone, and an image's id is never given again."""
     hold = f"{kind}/{holder}"
-    return None if hold in doc.holds else doc.evolve(holds={**doc.holds, hold: now})
+    return None if hold in doc.holds or hold in doc.let_go else doc.evolve(holds={**doc.holds, hold: now})
 
 
 def released(doc: Model, kind: str, holder: str) -> Model | None:
-    """Without the hold, or None when it is not there."""
+    """Without the hold, or None when there is nothing to change. That an image let go is kept even when its hold is not
+    there (yet)."""
     hold = f"{kind}/{holder}"
-    return doc.evolve(holds={k: v for k, v in doc.holds.items() if k != hold}) if hold in doc.holds else None
+    let_go = doc.let_go if kind != "image" or hold in doc.let_go else (*doc.let_go, hold)[-LET_GO:]
+    if hold not in doc.holds and let_go == doc.let_go:
+        return None
+    return doc.evolve(holds={k: v for k, v in doc.holds.items() if k != hold}, let_go=let_go)
 
 
 def aliased(doc: ModelName, aliases: Mapping[str, int], now: datetime) -> tuple[ModelName, dict[str, Any]] | None:

@@ -84,6 +84,18 @@ async def test_holds_are_for_services_and_leave_the_document_as_it_was(registry:
     assert len(await registry.events()) == 1
 
 
+async def test_a_hold_that_comes_behind_its_release_is_not_placed(registry: Registry) -> None:
+    """A builder's call may outlive the builder and the image: it changes nothing any more, seen before or not."""
+    await registry.register()
+    await held(registry)
+    for image in ("iris-scorer:7", "never-held:1"):
+        await registry.ask("DELETE", HOLDS.format("iris:1", "image", image), internal=True, status=200)
+        await registry.ask("PUT", HOLDS.format("iris:1", "image", image), internal=True, status=200)
+    doc = await registry.ctx.store.get(Model, "iris:1")
+    assert doc is not None and doc.holds == {}
+    await registry.ask("DELETE", "/v1/models/iris:1", status=200)
+
+
 async def test_holds_and_deletion_at_once_end_in_one_of_the_two(registry: Registry) -> None:
     """Whoever got a hold finds the model there; whoever was told that it is gone, is right."""
     for round_ in range(30):
