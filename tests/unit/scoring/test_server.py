@@ -234,4 +234,5 @@ def test_companions(replica: Replica) -> None:
 
 def test_deadline_travels(stub: GRPCInferenceServiceStub) -> None:
     assert stub.ModelInfer(request(), timeout=5).model_version == "4"
-    assert refused(lambda: stub.ModelInfer(request(), timeout=1e-6)).code().name == "DEADLINE_EXCEEDED"
+    large = request(rows=np.zeros((400_000, 4), np.float32))  # 6 MB: on its way for longer than a tick of gRPC's clock
+    assert refused(lambda: stub.ModelInfer(large, timeout=1e-6)).code().name == "DEADLINE_EXCEEDED"
