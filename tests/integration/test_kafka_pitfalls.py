@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 import warnings
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,12 @@ from modelyard.adapters.urls import open_bus
 from modelyard.core.errors import Invalid, TooLarge, Unavailable
 from modelyard.core.events import Envelope
 from modelyard.ports.bus import Delivery, EventBus
-from tests.backends import need
 from tests.contract.bus_worker import event
 
 pytestmark = pytest.mark.slow
 ADAPTERS = Path(bus_kafka.__file__).parent
 TOPIC = "model.registered"
 prefixes = count()
-
-
-@pytest.fixture(scope="module")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
-    need("kafka")
-    with Kafka(tmp_path_factory.mktemp("kafka")) as server:
-        yield server
 
 
 @pytest.fixture

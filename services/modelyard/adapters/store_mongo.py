@@ -10,10 +10,8 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
 from ..core.documents import INDEXED_ALWAYS, Document, Where
-from ..core.errors import AlreadyApplied, Conflict, Invalid
+from ..core.errors import AlreadyApplied, Conflict
 from ..core.events import Envelope
 from ..ports.store import DocumentStore, Pending
 from . import store_mongo_find as finding
@@ -69,7 +67,7 @@ class MongoStore(DocumentStore):
     async def get(self, type_: type[D], id: str, *, workspace: str = "default", tombstone: bool = False) -> D | None:
         key = {"k": type_.kind, "w": workspace, "i": id}
         found = await self._link.steady(lambda: self._docs.find_one({"_id": key}, {"b": 1, "d": 1, "_id": 0}))
-        return None if found is None or (found["d"] and not tombstone) else _parsed(type_, found["b"])
+        return None if found is None or (found["d"] and not tombstone) else type_.restored(found["b"])
 
     async def find(self, type_: type[D], where: Where | None = None, *, workspace: str | None = "default",
                    order: str = "id", after: tuple[str | int | float, str] | None = None, limit: int = 100,
@@ -82,7 +80,7 @@ class MongoStore(DocumentStore):
         filter_, sort = finding.compose(type_.kind, spaces, query)
         found = await self._link.steady(
             lambda: self._docs.find(filter_, finding.FOUND, sort=sort, limit=limit).to_list(limit))
-        return [_parsed(type_, record["b"]) for record in found]
+        return [type_.restored(record["b"]) for record in found]
 
     async def _spaces(self, type_: type[Document]) -> list[str]:
         """The workspaces that have such documents: with them a search over all is a merge of walks."""
@@ -266,11 +264,3 @@ def _change(revision: int, key: Record, state: Record, outbox: list[Record], wai
         push["o"] = {"$each": outbox}
         update["$min"] = {"q": waiting}  # the first of those that wait counts
     return filter_, update
-
-
-def _parsed(type_: type[D], body: str) -> D:
-    try:
-        return type_.restored(body)
-    except ValidationError as exc:
-        raise Invalid(f"a stored {type_.kind} cannot be read by this version of Modelyard: {exc.errors()[0]['msg']}",
-                      code="unreadable") from exc

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
-from pydantic import ValidationError
 
 from ..core.documents import INDEXED_ALWAYS, Document, Where
-from ..core.errors import AlreadyApplied, Conflict, Invalid
+from ..core.errors import AlreadyApplied, Conflict
 from ..core.events import Envelope
 from ..ports.store import DocumentStore, Pending
 from . import store_sqlite_find as finding
@@ -72,7 +71,7 @@ class SqliteStore(DocumentStore):
             return row
 
         row = await self._file.read(look)
-        return None if row is None or (row[1] and not tombstone) else _parsed(type_, row[0])
+        return None if row is None or (row[1] and not tombstone) else type_.restored(row[0])
 
     async def find(self, type_: type[D], where: Where | None = None, *, workspace: str | None = "default",
                    order: str = "id", after: tuple[str | int | float, str] | None = None, limit: int = 100,
@@ -87,7 +86,7 @@ class SqliteStore(DocumentStore):
                     rows += finding.run(db, space * 2 + half, query)
             return finding.merged(rows, query)
 
-        return [_parsed(type_, body) for body in await self._file.read(look)]
+        return [type_.restored(body) for body in await self._file.read(look)]
 
     def _find_spaces(self, db: sqlite3.Connection, kind: str, workspace: str | None) -> list[int]:
         sql, args = "SELECT space FROM spaces WHERE service=? AND kind=?", [self._service, kind]
@@ -208,11 +207,3 @@ class _Row:
             db.execute("INSERT INTO entries(shelf, field, value, id, doc, created) "
                        "SELECT ?, value->>0, value->>1, ?, ?, ? FROM json_each(?)",
                        (after, self.doc.id, number, created, orjson.dumps(list(come)).decode()))
-
-
-def _parsed(type_: type[D], body: bytes) -> D:
-    try:
-        return type_.restored(body)
-    except ValidationError as exc:
-        raise Invalid(f"a stored {type_.kind} cannot be read by this version of Modelyard: {exc.errors()[0]['msg']}",
-                      code="unreadable") from exc

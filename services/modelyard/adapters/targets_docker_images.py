@@ -18,6 +18,7 @@ from ..core.errors import Invalid, ModelyardError, NotFound, Unavailable
 from ..ports.images import ImageStore
 from .folder import in_thread
 from .targets_docker_engine import Engine
+from .targets_process_roots import manifest_of
 
 log = logging.getLogger(__name__)
 ENTRY = ("python3", "-I", "-S", "/opt/modelyard/launch.py")
@@ -51,7 +52,7 @@ class EngineImages:
     async def place(self, repo: str, digest: str) -> Placed:
         """Has the engine have this image. Invalid when the store has it not or it holds no scoring server."""
         async with self._turn.setdefault(digest, asyncio.Lock()):
-            manifest = await self._manifest(repo, digest)
+            manifest = await manifest_of(self._images, repo, digest)
             id_, pulled = manifest["config"]["digest"], ""
             if await in_thread(self._engine.image, id_) is None:
                 pulled = await self._bring(repo, digest, manifest)
@@ -69,13 +70,6 @@ class EngineImages:
         for name in await in_thread(self._engine.tags, self._repository):
             if name not in kept:
                 await in_thread(self._engine.untag, name)
-
-    async def _manifest(self, repo: str, digest: str) -> dict[str, Any]:
-        found = await self._images.get_manifest(repo, digest)
-        if found is None:
-            raise Invalid(f"the image {repo}@{digest} is not in the image store", code="image-gone")
-        body: dict[str, Any] = json.loads(found[0])
-        return body
 
     async def _bring(self, repo: str, digest: str, manifest: dict[str, Any]) -> str:
         """From registry to engine without us, where the store is a registry that the engine reaches; else by us. The

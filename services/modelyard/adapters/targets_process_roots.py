@@ -41,6 +41,15 @@ LAYER, OF_BASE = "io.modelyard.layer", "base: "
 OWN_ENV = "io.modelyard.env"
 
 
+async def manifest_of(images: ImageStore, repo: str, digest: str) -> dict[str, Any]:
+    """The manifest of what shall run. Invalid (``image-gone``) when the store does not have it."""
+    found = await images.get_manifest(repo, digest)
+    if found is None:
+        raise Invalid(f"the image {repo}@{digest} is not in the image store", code="image-gone")
+    body: dict[str, Any] = json.loads(found[0])
+    return body
+
+
 @dataclass(frozen=True)
 class Root:
     """An image, ready to start: where it lies, its environment, and the names that its server answers to."""
@@ -67,7 +76,7 @@ class Roots:
 
     async def prepare(self, repo: str, digest: str) -> Root:
         """The root of this image, made when it is not there. NotFound, Invalid for an image that cannot run here."""
-        manifest = await self._json(repo, digest)
+        manifest = await manifest_of(self._images, repo, digest)
         config = await self._blob(repo, manifest["config"]["digest"])
         layers = [layer["digest"] for layer in manifest["layers"] if not _of_base(layer)]
         root = self.path(digest)
@@ -91,13 +100,6 @@ class Roots:
     async def harvest(self) -> None:
         """What Python compiled in the roots goes to the user's cache, as far as their layers are there."""
         await in_thread(self._harvest)
-
-    async def _json(self, repo: str, digest: str) -> dict[str, Any]:
-        found = await self._images.get_manifest(repo, digest)
-        if found is None:
-            raise Invalid(f"the image {repo}@{digest} is not in the image store", code="image-gone")
-        body: dict[str, Any] = json.loads(found[0])
-        return body
 
     async def _blob(self, repo: str, digest: str) -> dict[str, Any]:
         body: dict[str, Any] = json.loads(b"".join([chunk async for chunk in self._images.get_blob(repo, digest)]))

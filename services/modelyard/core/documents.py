@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from .errors import Invalid
 
@@ -75,8 +75,13 @@ class Document(BaseModel):
     @classmethod
     def restored(cls, body: str | bytes) -> Self:
         """What a store kept, also when a newer version wrote it: fields that are new are no error, and those of the
-        document itself are written again. Raises pydantic's ValidationError."""
-        return cls.model_validate_json(body, extra="allow")
+        document itself are written again. Raises Invalid for what this version cannot read."""
+        try:
+            return cls.model_validate_json(body, extra="allow")
+        except ValidationError as exc:
+            told = exc.errors()[0]["msg"]
+            raise Invalid(f"a stored {cls.kind} cannot be read by this version of Modelyard: {told}",
+                          code="unreadable") from exc
 
 
 INDEXED_ALWAYS = frozenset({"id", "created", "updated", "due", "made_by", "deleted"})
