@@ -41,10 +41,8 @@ from .telemetry.live_site import NAME, Site
 from .telemetry.windows import WINDOW_S, window_of
 
 log = logging.getLogger(__name__)
-TABLE, LARGEST = "windows", 4 * 1024 * 1024
-SERIALIZERS = frozenset({"raw", "json"})
-LOOK_S, RETRY_S = 5.0, 2.0
-CHANGELOG_S, STOP_S = 30.0, 15.0
+TABLE, LARGEST, SERIALIZERS = "windows", 4 * 1024 * 1024, frozenset({"raw", "json"})
+LOOK_S, RETRY_S, CHANGELOG_S, STOP_S = 5.0, 2.0, 30.0, 15.0
 EX_TEMPFAIL = 75
 EVENTS = Counter("modelyard_live_events_total", "Events that the live windows took in, by what came of them",
                  ["outcome"], registry=REGISTRY)
@@ -86,7 +84,7 @@ class Live:
         self.topics = [kafka.link.name(topic) for topic in live.TOPICS]
         self.changelog, self.partitions = changelog(kafka), kafka.topics.partitions
         self.windows = app.Table(TABLE, key_type=bytes, partitions=self.partitions)
-        self._swept: dict[int, float] = {}
+        self._swept, self.worked = dict[int, float](), False
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         app.agent(app.topic(*self.topics, key_serializer="raw", value_serializer="raw"), concurrency=1,
                   name="live")(self._follow)
@@ -126,6 +124,7 @@ class Live:
                 changed = True
                 await self._write(partition, key, folded)
         EVENTS.labels("counted" if changed else "known").inc()
+        self.worked = True
         await self._sweep(partition, now)
 
     async def _write(self, partition: int, key: bytes, value: live.Value | None) -> None:
@@ -208,6 +207,7 @@ class Worker:
             await here.app.start()
             await self._look_after(here)
         finally:
+            self.was_ready = here.worked
             await stopped(here.app)
 
     async def _prepared(self) -> None:
@@ -228,7 +228,7 @@ class Worker:
         while True:
             await asyncio.wait({here.broken}, timeout=LOOK_S)
             if here.ready:
-                self.was_ready, unready = True, time.monotonic()
+                here.worked, unready = True, time.monotonic()
             if here.broken.done() or here.app.crashed:
                 reason = here.broken.exception() if here.broken.done() else here.app.crash_reason
                 raise Unavailable(f"Faust stopped working: {reason!r}")
