@@ -38,10 +38,10 @@ async def create(ctx: Context, call: Call) -> web.StreamResponse:
     spec = await call.body(DeploymentSpec)
     values = _checked(ctx, spec)
     before = await ctx.store.get(Deployment, spec.name, workspace=call.workspace, tombstone=True)
+    if before is not None and call.idempotency_key is not None and before.made_by == call.idempotency_key:
+        return _answer(before, 202)  # also when it was deleted since
     if before is not None and not before.deleted:
-        if call.idempotency_key is None or before.made_by != call.idempotency_key:
-            raise _taken(spec.name)
-        return _answer(before, 202)
+        raise _taken(spec.name)
     return await _create(ctx, call, spec, values, before)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -255,6 +255,6 @@ async def _close(ctx: Context, id: str, workspace: str, outcome: str) -> None:
     """A tombstone stays, so that a late repeat of the same record makes no second letter."""
     try:
         await ctx.change(DeadLetter, id, lambda d: (d.evolve(
-            deleted=True, outcome=outcome, updated=datetime.now(UTC)), ()), workspace=workspace)
+            deleted=True, outcome=outcome, updated=ctx.now()), ()), workspace=workspace)
     except NotFound:
         return  # somebody else closed it meanwhile

@@ -52,17 +52,28 @@ async def resolve(ctx: Context, workspace: str, text: str) -> Model:
 
 
 async def register(ctx: Context, workspace: str, spec: ModelSpec, key: str | None) -> Model:
-    """The new version, committed with ``model.registered``. ``key`` seen before: the version made by it.
+    """The new version, committed with ``model.registered``. ``key`` seen before: the version made by it, as it is now,
+    also when it was deleted since.
 
     Raises Invalid naming every problem, Conflict when the artifact is being removed at this very moment.
     """
-    if key is not None and (done := await ctx.store.find(Model, {"made_by": key}, workspace=workspace, limit=1)):
-        return done[0]
-    record, seen, parent = await _checked(ctx, workspace, spec)
-    doc = await _numbered(ctx, workspace, spec, record, seen, parent, key)
-    await _still_there(ctx, doc)
+    doc = await _made_before(ctx, workspace, key)
+    if doc is None:
+        record, seen, parent = await _checked(ctx, workspace, spec)
+        doc = await _numbered(ctx, workspace, spec, record, seen, parent, key)
+    if doc.deleted:
+        return doc
+    await _still_there(ctx, doc)  # of a first try that died the rest may be undone
     await settle(ctx, workspace, spec.name)
     return doc
+
+
+async def _made_before(ctx: Context, workspace: str, key: str | None) -> Model | None:
+    """What an earlier try of the same request made."""
+    if key is None:
+        return None
+    done = await ctx.store.find(Model, {"made_by": key}, workspace=workspace, limit=1, tombstones=True)
+    return done[0] if done else None
 
 
 async def _checked(ctx: Context, workspace: str, spec: ModelSpec) -> tuple[Artifact, Seen, str | None]:
@@ -114,8 +125,8 @@ async def _still_there(ctx: Context, doc: Model) -> None:
     with suppress(Conflict):
         if await artifacts.kept(ctx, doc.workspace, doc.artifact) is not None:
             return
-    await ctx.change(Model, doc.id, lambda d: (d.evolve(deleted=True, marks=()), (Fact("model.deleted"),)),
-                     workspace=doc.workspace)
+    await ctx.change(Model, doc.id, lambda d: (d.evolve(deleted=True, marks=(), made_by=None),
+                                               (Fact("model.deleted"),)), workspace=doc.workspace)
     await settle(ctx, doc.workspace, doc.name)
     raise Conflict(f"{doc.artifact} was being removed; upload it again, then register", code="being-removed")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 from pathlib import Path
@@ -15,6 +16,7 @@ from modelyard.deployer.converge import sweep, workload
 from modelyard.deployer.handlers import on_image_done
 from modelyard.deployer.model import Deployment, Sweep
 from modelyard.image_builder.model import Image
+from modelyard.kernel.idempotency import Request
 from tests import handmade
 from tests.unit.deployer.conftest import Desk, desk_on
 
@@ -217,6 +219,20 @@ async def test_an_idempotency_key_creates_once(desk: Desk) -> None:
     await desk.image(1)
     answers = [await desk.call("POST", "/v1/deployments", IRIS, **{"Idempotency-Key": "k-1"}) for _ in range(3)]
     assert [a.status for a in answers] == [202] * 3 and len({str(a.body) for a in answers}) == 1
+
+
+async def test_a_retry_after_a_deletion_creates_nothing_again(desk: Desk) -> None:
+    """The answer was not kept (its process died), and the deployment was deleted before the caller asked again."""
+    await desk.image(1)
+    asked = await desk.call("POST", "/v1/deployments", IRIS, **{"Idempotency-Key": "k-1"})
+    assert (await desk.call("DELETE", "/v1/deployments/iris?wait=30")).status in (200, 202)
+    ctx, key = desk.context("deployer"), hashlib.sha256(b"k-1").hexdigest()
+    kept = await ctx.store.get(Request, key)
+    assert kept is not None and kept.status == 202
+    await ctx.store.commit(kept.evolve(status=0, body="", until=ctx.now()))
+    again = await desk.call("POST", "/v1/deployments", IRIS, **{"Idempotency-Key": "k-1"})
+    assert (again.status, again.body["created"], again.body["phase"]) == (202, asked.body["created"], "deleting")
+    assert (await desk.call("GET", "/v1/deployments/iris")).status == 404
 
 
 async def test_what_belongs_to_no_deployment_is_removed(desk: Desk) -> None:

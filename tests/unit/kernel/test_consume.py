@@ -7,6 +7,7 @@ import logging
 from collections import defaultdict
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 import pytest
@@ -272,7 +273,10 @@ async def test_a_dead_letter_is_made_once_however_often_its_event_comes(house: O
         await h.bus.publish(event(2, key="k"))
         await reaches(h, "k", 1)
         (letter,) = await letters(h, 1)
-        await drop(h.ctx, letter.id)
+        year_31 = datetime(2031, 1, 1, tzinfo=UTC)
+        await drop(replace(h.ctx, now=lambda: year_31), letter.id)
+        gone = await h.store.get(DeadLetter, letter.id, tombstone=True)
+        assert gone is not None and gone.updated == year_31, "the clock is the context's"
         await h.bus.publish(envelope)
         await h.bus.publish(event(3, key="k"))
         await reaches(h, "k", 2)

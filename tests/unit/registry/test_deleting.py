@@ -283,10 +283,14 @@ async def test_a_registration_that_came_too_late_never_was(registry: Registry, m
 
     monkeypatch.setitem(register.__globals__, "_numbered", stalled)
     with pytest.raises(Conflict) as refused:
-        await register(registry.ctx, "default", ModelSpec(name="iris", artifact=name), None)
+        await register(registry.ctx, "default", ModelSpec(name="iris", artifact=name), "token")
     assert refused.value.code == "being-removed" and refused.value.retryable
     assert (await registry.ask("GET", "/v1/models"))["items"] == []
     assert [e.topic for e in await registry.events()] == ["model.registered", "model.deleted"]
+    monkeypatch.undo()
+    await registry.upload(b"bytes")
+    again = await register(registry.ctx, "default", ModelSpec(name="iris", artifact=name), "token")
+    assert (again.id, again.deleted) == ("iris:2", False), "it never was, so the same request may make another"
 
 
 async def test_registering_and_deleting_one_artifact_at_once_never_loses_bytes(registry: Registry) -> None:

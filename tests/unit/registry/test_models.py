@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from modelyard.core.events import Fact
+from modelyard.core.specs import ModelSpec
+from modelyard.registry.model import Model, place
+from modelyard.registry.register import register
 from tests.unit.registry.conftest import Registry, digest
 
 
@@ -107,13 +111,33 @@ async def test_an_idempotency_key_makes_one_version(registry: Registry) -> None:
 
 
 async def test_a_retry_after_a_crash_finds_what_the_first_try_made(registry: Registry) -> None:
-    from modelyard.core.specs import ModelSpec
-    from modelyard.registry.register import register
-
     spec = ModelSpec(name="iris", artifact=await registry.upload(b"w"))
     first = await register(registry.ctx, "default", spec, "token-of-the-request")
     again = await register(registry.ctx, "default", spec, "token-of-the-request")
     assert again.id == first.id == "iris:1"
+
+
+async def test_a_retry_after_a_deletion_registers_nothing_again(registry: Registry) -> None:
+    spec = ModelSpec(name="iris", artifact=await registry.upload(b"w"))
+    first = await register(registry.ctx, "default", spec, "token-of-the-request")
+    await registry.ask("DELETE", f"/v1/models/{first.id}", status=200)
+    again = await register(registry.ctx, "default", spec, "token-of-the-request")
+    assert (again.id, again.deleted) == ("iris:1", True)
+    assert (await registry.ask("GET", "/v1/models"))["items"] == []
+    assert [e.topic for e in await registry.events()] == ["model.registered", "model.deleted"]
+
+
+async def test_a_retry_finishes_what_the_first_try_left_undone(registry: Registry) -> None:
+    """It died behind its commit: the version before it is still marked as the latest."""
+    spec = ModelSpec(name="iris", artifact=await registry.upload(b"w"))
+    await register(registry.ctx, "default", spec, None)
+    old = await registry.ctx.store.get(Model, "iris:1")
+    assert old is not None
+    await registry.ctx.commit(old.evolve(id="iris:2", version=2, place=place("iris", 2), made_by="token", revision=0,
+                                         sequence=0), Fact("model.registered"))
+    assert len((await registry.ask("GET", "/v1/models?latest=true"))["items"]) == 2
+    assert (await register(registry.ctx, "default", spec, "token")).id == "iris:2"
+    assert [m["id"] for m in (await registry.ask("GET", "/v1/models?latest=true"))["items"]] == ["iris:2"]
 
 
 async def test_a_patch_merges_tags_and_adds_properties(registry: Registry) -> None:
