@@ -27,6 +27,7 @@ from .supervise import Supervisor
 KINDS = ("grpc", "rest")
 LONGEST = 80
 """Bytes of the sockets' folder: a unix socket's path has at most 107, and their names take up to 25."""
+SHORT = LONGEST - len("/modelyard-12345678")
 
 
 def fail(**why: Any) -> NoReturn:
@@ -121,7 +122,8 @@ def background() -> None:
 
 
 def private_sockets() -> Path:
-    """A folder for replicas' sockets: here, or, where this path is too long for one, a short one elsewhere."""
+    """A folder for replicas' sockets: here, or, where this path is too long for one, a short one elsewhere: in TMPDIR
+    (a deployer in a container shares no other with the engine), or in /tmp, where that is too long as well."""
     before = read_json("sockets.json")
     if before is not None and Path(before["path"]).name.startswith("modelyard-"):
         shutil.rmtree(before["path"], ignore_errors=True)
@@ -130,7 +132,9 @@ def private_sockets() -> Path:
     if len(os.fsencode(here)) <= LONGEST:
         here.mkdir(mode=0o700)
         return here
-    elsewhere = tempfile.mkdtemp(prefix="modelyard-", dir="/tmp")
+    above = os.environ.get("TMPDIR", "")
+    fits = os.path.isabs(above) and os.path.isdir(above) and len(os.fsencode(above)) <= SHORT
+    elsewhere = tempfile.mkdtemp(prefix="modelyard-", dir=above if fits else "/tmp")
     write_json("sockets.json", {"path": elsewhere})
     return Path(elsewhere)
 

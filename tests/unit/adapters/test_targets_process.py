@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import tarfile
+import tempfile
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -135,16 +136,23 @@ async def test_a_supervisor_without_its_folder_ends(bench: Bench) -> None:
             await asyncio.sleep(0.1)
 
 
-async def test_a_data_folder_with_a_long_name_serves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [True, False])
+async def test_a_data_folder_with_a_long_name_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     own: bool) -> None:
+    """Sockets lie in a short folder then: in TMPDIR, if that is one."""
     data = tmp_path / ("x" * 120)
     data.mkdir()
+    short = tempfile.TemporaryDirectory(dir="/tmp", prefix="short-")
+    monkeypatch.setenv("TMPDIR", short.name if own else str(data))
     bench = Bench(data)
     try:
         seen = await bench.serve()
         elsewhere = Path(json.loads((bench.run / "sockets.json").read_text())["path"])
         assert elsewhere.is_dir() and await asked(seen, "MODELYARD_DEPLOYMENT") == {"MODELYARD_DEPLOYMENT": "iris"}
+        assert str(elsewhere.parent) == (short.name if own else "/tmp")
     finally:
         await bench.target.remove("default", "iris")
+        short.cleanup()
     assert not elsewhere.exists()
 
 
