@@ -158,7 +158,7 @@ class _Apply:
 def checked(kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
     """The caller's fields with defaults filled in. Raises Invalid with every problem of the document."""
     try:
-        return KINDS[kind].model_validate(body).model_dump(mode="json")
+        return KINDS[kind].model_validate(body, extra="forbid").model_dump(mode="json")
     except ValidationError as exc:
         errors = [{"field": ".".join(map(str, e["loc"])), "message": e["msg"]} for e in exc.errors()]
         told = "; ".join(f"{e['field']}: {e['message']}" if e["field"] else e["message"] for e in errors)

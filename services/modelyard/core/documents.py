@@ -7,10 +7,11 @@ A document is frozen; ``doc.evolve(field=value)`` gives the next one. Fields of 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar, Self
+from functools import cache
+from typing import Annotated, Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
@@ -26,6 +27,17 @@ def rfc3339(moment: datetime) -> str:
 
 
 Time = Annotated[datetime, PlainSerializer(rfc3339, return_type=str, when_used="json")]
+
+
+STORED = "stored"
+"""The validation context of what a store kept, in which nothing is refused or dropped for being unknown."""
+
+
+class Part(BaseModel):
+    """What lies inside a document. As in the document itself, what a newer version added is kept, and shown to
+    nobody."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
 
 class Document(BaseModel):
@@ -70,18 +82,65 @@ class Document(BaseModel):
 
     def view(self) -> dict[str, Any]:
         """The public JSON of this document: no internal, hidden or unknown field, times as RFC 3339 text."""
-        return self.model_dump(mode="json", exclude={*INTERNAL, *self.hidden, *(self.model_extra or ())})
+        newer = {name: found for name in with_parts(type(self)) - self.hidden
+                 if (found := unknown(getattr(self, name)))}
+        out = {*INTERNAL, *self.hidden, *(self.model_extra or ())}
+        return self.model_dump(mode="json", exclude=out if not newer else {**newer, **dict.fromkeys(out, True)})
 
     @classmethod
     def restored(cls, body: str | bytes) -> Self:
         """What a store kept, also when a newer version wrote it: fields that are new are no error, and those of the
-        document itself are written again. Raises Invalid for what this version cannot read."""
+        document and of its parts are written again. Raises Invalid for what this version cannot read."""
         try:
-            return cls.model_validate_json(body, extra="allow")
+            return cls.model_validate_json(body, extra="allow", context=STORED)
         except ValidationError as exc:
             told = exc.errors()[0]["msg"]
             raise Invalid(f"a stored {cls.kind} cannot be read by this version of Modelyard: {told}",
                           code="unreadable") from exc
+
+
+@cache
+def with_parts(type_: type[BaseModel]) -> frozenset[str]:
+    """The fields that may hold models."""
+    def may(kind: Any) -> bool:
+        return isinstance(kind, type) and issubclass(kind, BaseModel) or any(map(may, get_args(kind)))
+
+    return frozenset(name for name, field in type_.model_fields.items() if may(field.annotation))
+
+
+def unknown(value: Any) -> dict[Any, Any]:
+    """What a newer version added to a value, at any depth, as pydantic's ``exclude``."""
+    inside: Iterable[tuple[Any, Any]] = ()
+    out: dict[Any, Any] = {}
+    if isinstance(value, BaseModel):
+        out = dict.fromkeys(value.model_extra or (), True)
+        inside = ((name, getattr(value, name)) for name in with_parts(type(value)))
+    elif isinstance(value, Mapping):
+        inside = value.items()
+    elif isinstance(value, list | tuple):
+        inside = enumerate(value)
+    return out | {key: found for key, item in inside if (found := unknown(item))}
+
+
+def plain(part: BaseModel) -> dict[str, Any]:
+    """A part's JSON without what is unknown here: for those who know no more than we do."""
+    return part.model_dump(mode="json", exclude=unknown(part))
+
+
+def carried(old: Any, new: Any) -> Any:
+    """A caller's new value of a field, with what a newer version had added inside the old one and he cannot know."""
+    if isinstance(new, BaseModel) and isinstance(old, BaseModel) and type(old) is type(new):
+        inner = {name: carried(getattr(old, name), getattr(new, name)) for name in type(new).model_fields}
+        return new.model_copy(update={**(old.model_extra or {}), **(new.model_extra or {}), **inner})
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {key: carried(old.get(key), item) for key, item in new.items()}
+    if isinstance(new, list) and isinstance(old, list) and any(isinstance(item, BaseModel) for item in new):
+        return [next((one for was in old if _bare(one := carried(was, item)) == _bare(was)), item) for item in new]
+    return new
+
+
+def _bare(value: Any) -> Any:
+    return plain(value) if isinstance(value, BaseModel) else value
 
 
 INDEXED_ALWAYS = frozenset({"id", "created", "updated", "due", "made_by", "deleted"})

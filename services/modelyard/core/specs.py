@@ -9,9 +9,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictStr,
+    ValidationInfo,
+    model_validator,
+)
 
-from .documents import DIGEST, Ref, Time
+from .documents import DIGEST, STORED, Part, Ref, Time
 from .errors import Invalid
 
 MODEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9\-._]{0,254}$")
@@ -75,11 +84,18 @@ class Spec(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _ignore_server_fields(cls, data: Any) -> Any:
-        return _drop_server_fields(data, frozenset(cls.model_fields))
+    def _ignore_server_fields(cls, data: Any, info: ValidationInfo) -> Any:
+        return data if info.context is STORED else _drop_server_fields(data, frozenset(cls.model_fields))
 
 
-class Dataset(Spec):
+class SpecPart(Spec, Part):
+    """A part of a spec that documents keep as it is. Whoever reads it from a caller says ``extra="forbid"``, for by
+    itself it keeps what a newer version added."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
+
+
+class Dataset(SpecPart):
     """Lineage: a dataset that a model was made from."""
 
     name: StrictStr
@@ -156,7 +172,7 @@ def _memory(value: Any) -> Any:
     return value
 
 
-class Resources(Spec):
+class Resources(SpecPart):
     """For one replica. ``cpu`` in cores, ``memory`` in bytes with a suffix."""
 
     cpu: Annotated[float, Field(gt=0, le=1024)] | None = None
@@ -164,7 +180,7 @@ class Resources(Spec):
     gpu: Annotated[int, Field(ge=0, le=64)] = 0
 
 
-class Capture(Spec):
+class Capture(SpecPart):
     """What of the traffic is kept. ``sampling`` is the share of successful calls; failures are always kept."""
 
     enabled: bool = False
@@ -173,7 +189,7 @@ class Capture(Spec):
     retention_days: Annotated[int, Field(ge=1, le=3650)] = 30
 
 
-class Limits(Spec):
+class Limits(SpecPart):
     """What one replica accepts. Times in milliseconds, sizes in bytes."""
 
     timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 60_000
@@ -182,7 +198,7 @@ class Limits(Spec):
     max_message_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = 67_108_864
 
 
-class Secret(Spec):
+class Secret(SpecPart):
     """Where the target finds a secret when a replica starts; exactly one source."""
 
     env: StrictStr | None = None
@@ -223,10 +239,8 @@ class DeploymentSpec(Spec):
         return self
 
 
-class Condition(BaseModel):
+class Condition(Part):
     """One aspect of a document's state, as Kubernetes writes it."""
-
-    model_config = ConfigDict(frozen=True)
 
     type: str
     status: Literal["True", "False", "Unknown"]

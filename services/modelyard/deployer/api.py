@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..core.documents import STORED, plain
 from ..core.errors import Conflict, Invalid, ModelyardError, NotFound, Unavailable
 from ..core.specs import DeploymentSpec
 from ..kernel.paging import PARAMETERS
@@ -93,7 +94,7 @@ async def index(ctx: Context, call: Call) -> web.StreamResponse:
 
 async def history(ctx: Context, call: Call) -> web.StreamResponse:
     doc = await _get(ctx, call)
-    items = [past.model_dump(mode="json", exclude={"made_by"}) for past in reversed(doc.history)]
+    items = [{k: v for k, v in plain(past).items() if k != "made_by"} for past in reversed(doc.history)]
     return reply({"items": items, "next": None})
 
 
@@ -250,7 +251,8 @@ async def _sweep_from_now_on(ctx: Context) -> None:
 
 def _values_of(past: Past) -> dict[str, Any]:
     """A kept generation as the fields to store."""
-    return model.values_of(DeploymentSpec.model_validate({"name": "kept", **past.spec}))
+    spec = DeploymentSpec.model_validate({"name": "kept", **past.spec}, extra="allow", context=STORED)
+    return {**(spec.model_extra or {}), **model.values_of(spec)}
 
 
 async def _lines(ctx: Context, doc: Deployment, tail: int, follow: bool) -> AsyncIterator[bytes]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
+from ..core.documents import plain
 from ..core.errors import Denied, Invalid, ModelyardError, Unavailable
 from ..core.events import Fact
 from ..kernel.service import Change, Context, Loop
@@ -87,9 +88,10 @@ def workload(doc: Deployment, digest: str, grant: str) -> Workload:
     repo = doc.image_name if doc.workspace == "default" else f"{doc.workspace}/{doc.image_name}"
     return Workload(
         workspace=doc.workspace, name=doc.id, generation=doc.generation, image=doc.image, repo=repo, digest=digest,
-        replicas=doc.replicas, models=tuple(doc.models), ports=doc.ports, capture=doc.capture.model_dump(mode="json"),
-        limits=doc.limits.model_dump(mode="json"), resources=doc.resources.model_dump(mode="json"), env=doc.env,
-        secrets={k: v.model_dump(mode="json", exclude_none=True) for k, v in doc.secrets.items()}, grant=grant,
+        replicas=doc.replicas, models=tuple(doc.models), ports=doc.ports, capture=plain(doc.capture),
+        limits=plain(doc.limits), resources=plain(doc.resources), env=doc.env,
+        secrets={name: {k: v for k, v in plain(secret).items() if v is not None}
+                 for name, secret in doc.secrets.items()}, grant=grant,
         progress_deadline_s=doc.progress_deadline_s)
 
 

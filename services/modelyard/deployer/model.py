@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.documents import Document, Time
+from ..core.documents import Document, Part, Time, carried
 from ..core.errors import Conflict, Invalid, NotFound
 from ..core.events import Fact
 from ..core.specs import Capture, Condition, DeploymentSpec, Limits, Resources, Secret
@@ -20,10 +20,8 @@ SPEC = ("image", "target", "replicas", "resources", "capture", "limits", "env", 
 """The caller's fields, as stored: ``traffic`` of one entry has become ``image``."""
 
 
-class Past(BaseModel):
+class Past(Part):
     """One generation: what was asked for, and how it went."""
-
-    model_config = ConfigDict(frozen=True)
 
     generation: int
     time: Time
@@ -152,6 +150,8 @@ def revised(doc: Deployment, values: dict[str, Any], image: Found, now: datetime
         raise Invalid(f"deployment '{doc.id}' runs on '{doc.target}' and stays there; delete it and create it anew",
                       errors=[{"field": "target", "message": "cannot be changed"}])
     values = {**values, "image": image.id}
+    if not always:  # a copy of an earlier generation is what that one was
+        values = {field: carried(getattr(doc, field), value) for field, value in values.items()}
     changed = [field for field in SPEC if getattr(doc, field) != values[field]]
     if not changed and not always:
         return None
@@ -170,7 +170,8 @@ def _turned(doc: Deployment, image: Found, now: datetime, made_by: str | None) -
         holds={image.id: "wanted"} | doc.holds,
         conditions=with_condition(doc, "Progressing", "True", "Requested", f"{image.id} is asked for", now),
     )
-    spec = doc.model_dump(mode="json", include=set(SPEC))
+    known = doc.history[-1].spec if doc.history else {}
+    spec = doc.model_dump(mode="json", include={*SPEC, *(known.keys() & (doc.model_extra or {}).keys())})
     past = Past(generation=doc.generation, time=now, image=image.id, models=image.models, digest=image.digest,
                 made_by=made_by, spec=spec)
     return doc.evolve(history=[*doc.history, past][-KEPT:])

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from ..core.documents import Document
+from ..core.documents import Document, Part
 from ..core.events import Fact
 from ..core.specs import Condition, ImageSpec
 
@@ -23,10 +23,8 @@ OVER: frozenset[str] = frozenset({"ready", "failed", "cancelled"})
 Step = tuple["Image", Sequence[Fact]]
 
 
-class ModelInput(BaseModel):
+class ModelInput(Part):
     """A model as it was when the image was asked for: what of it decides the image's bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     name: str
     version: int

@@ -93,7 +93,8 @@ async def _model(ctx: Context, ref: str, workspace: str) -> ModelInput | str:
         if exc.retryable:
             raise
         return exc.message
-    return f"there is no model '{ref}'" if found is None else ModelInput.model_validate(found)
+    return f"there is no model '{ref}'" if found is None else ModelInput.model_validate(
+        found, extra="ignore")
 
 
 async def _artifacts(ctx: Context, spec: ImageSpec, workspace: str, wrong: Wrong) -> None:

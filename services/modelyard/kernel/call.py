@@ -263,7 +263,7 @@ def cut(request: web.Request) -> ConnectionError:
 def check(type_: type[S], value: Any) -> S:
     """A plain value as ``type_``: JSON's types are kept apart (``"2"`` is no number). Invalid lists every problem."""
     try:
-        return type_.model_validate_json(orjson.dumps(value), strict=True)
+        return type_.model_validate_json(orjson.dumps(value), strict=True, extra="forbid")
     except ValidationError as exc:
         errors = [{"field": _path(e["loc"]), "message": e["msg"].removeprefix("Value error, ")} for e in exc.errors()]
         told = "; ".join(f"{e['field']}: {e['message']}" if e["field"] else e["message"] for e in errors[:5])

@@ -10,9 +10,7 @@ import hashlib
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from ..core.documents import Document, Time
+from ..core.documents import Document, Part, Time
 from ..core.errors import AlreadyApplied, Conflict, Invalid, ModelyardError, NotFound
 from ..core.events import Envelope, Fact
 from ..ports.bus import Delivery
@@ -25,10 +23,8 @@ MAX_PARKED = 256
 """Events that wait behind one parked key; what comes after becomes a dead letter, to be replayed by hand."""
 
 
-class Raw(BaseModel):
+class Raw(Part):
     """One record as it lay on the bus: ``text`` is UTF-8, or base64 when it was not text."""
-
-    model_config = ConfigDict(frozen=True)
 
     topic: str
     key: str

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
 
-from ..core.documents import Document, Range, Ref, Time
+from ..core.documents import Document, Range, Ref, Time, carried
 from ..core.errors import Invalid
 from ..core.specs import Dataset, ModelSpec
 
@@ -142,7 +142,7 @@ def patched(doc: Model, wanted: ModelSpec, now: datetime) -> tuple[Model, dict[s
     """
     errors = [{"field": field, "message": "is written once, at registration"}
               for field in sorted(ModelSpec.model_fields.keys() - {*CHANGEABLE})
-              if getattr(wanted, field) != getattr(doc, field)]
+              if carried(getattr(doc, field), getattr(wanted, field)) != getattr(doc, field)]
     errors += [{"field": f"properties.{key}", "message": f"is '{value}' and cannot change; properties can be added"}
                for key, value in sorted(doc.properties.items()) if wanted.properties.get(key) != value]
     if errors:

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
-from ..core.documents import Document, Time
+from ..core.documents import Document, Part, Time
 from ..core.segments import LOSSES
 from .windows import Cell
 
@@ -42,10 +40,8 @@ class CaptureStream(Document):
     """When to look for what is past its retention."""
 
 
-class File(BaseModel):
+class File(Part):
     """One Parquet file of a segment. ``collector`` names the collector whose rows it holds."""
-
-    model_config = ConfigDict(frozen=True)
 
     key: str
     rows: int
@@ -55,10 +51,8 @@ class File(BaseModel):
     collector: str | None = None
 
 
-class Life(BaseModel):
+class Life(Part):
     """What start and end frames tell of a process; ``recorded`` and ``collected`` are its numbers in all."""
-
-    model_config = ConfigDict(frozen=True)
 
     models: list[str] = []
     started: Time | None = None
