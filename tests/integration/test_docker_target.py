@@ -122,6 +122,17 @@ async def test_more_memory_than_its_limit_ends_a_replica_that_comes_back(bench: 
     assert "killed: it used more than its limit of 256 MiB" in log
 
 
+async def test_what_was_told_to_end_with_us_ends_and_comes_back(bench: Bench) -> None:
+    """For a deployer in a container: its supervisors cannot outlive it, so nothing of theirs is left running."""
+    url = url_of(MATRIX["targets"][1], bench.data) + "?at_exit=end"
+    bench.target = await urls.open_target("docker", url, images=bench.images, data=bench.data)
+    before = await bench.serve(PRY)
+    await bench.target.close()
+    assert bench.containers() == [] and (await bench.target.observe("default", "iris")).state == "absent"
+    after = await bench.serve(PRY)
+    assert after.endpoints == before.endpoints and after.replicas[0].pid != before.replicas[0].pid
+
+
 async def _post(seen: Observed, body: dict[str, Any]) -> int:
     """The status; 0 when the connection ended without one."""
     host, _, port = seen.endpoints["rest"].removeprefix("http://").partition(":")

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
-from ..core.errors import ModelyardError, Unavailable
+from ..core.errors import Invalid, ModelyardError, Unavailable
 from ..ports.images import ImageStore
 from ..ports.targets import Workload
 from . import targets_process_runs as runs
@@ -43,10 +43,13 @@ class DockerTarget(SupervisedTarget):
 
     @classmethod
     async def open(cls, url: str, name: str, images: ImageStore, data: Path, ends: bool = False,
-                   network: str = "bridge") -> Self:
+                   network: str = "bridge", at_exit: str = "keep") -> Self:
         """``docker://``, ``docker:///PATH/docker.sock``, ``docker://127.0.0.1:PORT``; ``network``: which one of the
-        engine's networks containers are in (``none``: they reach nobody)."""
-        return cls(name, images, data, ends, await in_thread(Engine, url), network)
+        engine's networks containers are in (``none``: they reach nobody). ``at_exit=end``: what runs ends with the
+        deployer, drained, and starts with it again: for one in a container, which its supervisors cannot outlive."""
+        if at_exit not in ("keep", "end"):
+            raise Invalid(f"targets.{name}: at_exit is keep or end, not '{at_exit[:40]}'", field=f"targets.{name}")
+        return cls(name, images, data, ends or at_exit == "end", await in_thread(Engine, url), network)
 
     async def check(self) -> None:
         if not sys.platform.startswith("linux"):

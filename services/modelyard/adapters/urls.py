@@ -61,7 +61,8 @@ GRANTS = {"file": Adapter("blobs_dir", "DirGrants"),
 IMAGES = {"oci-layout": Adapter("images_layout", "LayoutImages"),
           "oci": Adapter("images_registry", "RegistryImages", options={"tls": str, "timeout_s": float}, network=True)}
 TARGETS = {"process": Adapter("targets_process", "ProcessTarget"),
-           "docker": Adapter("targets_docker", "DockerTarget", "docker", {"network": str}, network=True)}
+           "docker": Adapter("targets_docker", "DockerTarget", "docker", {"network": str, "at_exit": str},
+                             network=True)}
 
 
 async def open_store(url: str, service: str) -> DocumentStore:
@@ -114,7 +115,8 @@ async def open_images(url: str) -> ImageStore:
 
 
 async def open_target(name: str, url: str, *, images: ImageStore, data: Path, ends: bool = False) -> DeploymentTarget:
-    """The deployment target ``name``: ``process://``, ``docker://[HOST:PORT]`` (none: the engine of this machine).
+    """The deployment target ``name``: ``process://``, ``docker://[HOST:PORT][?network=bridge&at_exit=keep]`` (no host:
+    the engine of this machine).
     ``ends``: closing it ends what it runs on this machine."""
     class_, where = _adapter(f"targets.{name}", url, TARGETS)
     if isinstance(where.place, str):

@@ -46,6 +46,12 @@ async def test_no_engine_is_said_with_the_fix(tmp_path: Path) -> None:
     await target.close()
 
 
+async def test_what_happens_at_exit_is_one_of_two(tmp_path: Path) -> None:
+    images = await urls.open_images(f"oci-layout://{tmp_path}/images")
+    with pytest.raises(Invalid, match=r"targets\.boxes: at_exit is keep or end, not 'leave'"):
+        await urls.open_target("boxes", "docker://?at_exit=leave", images=images, data=tmp_path)
+
+
 def test_a_port_where_nobody_listens_is_said_with_the_fix() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
