@@ -6,7 +6,8 @@ import argparse
 import sys
 import time
 
-from . import SERVERS, StackError, server_class
+from . import SERVERS, StackError, server_class, standins
+from .docker import Docker
 
 VERBS = {
     "install": "download what is not cached yet",
@@ -15,6 +16,7 @@ VERBS = {
     "status": "say what runs, where, and where its log is",
     "missing": "say what this machine cannot run, and why",
     "settings": "print a modelyard.toml for those that run",
+    "standins": "put images of public names, made of these servers, into the engine of this stack",
 }
 SETTINGS = {"kafka": ("bus", ""), "mongo": ("store", ""), "azure": ("blobs", "/modelyard"),
             "registry": ("images", "/modelyard")}
@@ -54,15 +56,28 @@ def settings(names: list[str]) -> str:
     return "\n".join([*lines, "", "[targets]", *targets])
 
 
+def stand_in(names: list[str]) -> int:
+    """Builds the images named, or all; 0, or 1 when it cannot."""
+    try:
+        standins.build(Docker(), names or standins.ALL, lambda line: print(line, flush=True))
+    except StackError as exc:
+        print(exc, file=sys.stderr)
+        return 1
+    return 0
+
+
 def main() -> int:
     """0; 1 when a named server could not be had (``--available``: only told)."""
     parser = argparse.ArgumentParser(prog="python -m infra.stack", description=__doc__)
     parser.add_argument("verb", choices=VERBS, help="; ".join(f"{verb}: {what}" for verb, what in VERBS.items()))
-    parser.add_argument("servers", nargs="*", metavar="SERVER", help=f"{', '.join(SERVERS)}; none named: all")
+    parser.add_argument("servers", nargs="*", metavar="SERVER",
+                        help=f"{', '.join(SERVERS)}; standins: {', '.join(standins.ALL)}; none named: all")
     parser.add_argument("--available", action="store_true", help="a server that cannot run here is no failure")
     args = parser.parse_args()
     failed = False
     names = args.servers or list(SERVERS)
+    if args.verb == "standins":
+        return stand_in(args.servers)
     if args.verb == "settings":
         print(settings(names))
         return 0
