@@ -15,6 +15,7 @@ from ..core.errors import AlreadyApplied, Conflict
 from ..core.events import Envelope
 from ..ports.store import DocumentStore, Pending
 from . import store_mongo_find as finding
+from .store_mongo_gather import Gather
 from .store_mongo_link import Feed, Link, taken
 from .store_search import plan
 
@@ -37,6 +38,7 @@ class MongoStore(DocumentStore):
         self._indexed: dict[str, asyncio.Lock | None] = {}
         self._fresh = asyncio.Event()
         self._own = _Own()
+        self._reads, self._sents = Gather(self._read), Gather(link.update_each)
         self._scan_at = self._all_at = 0.0
         others = {"$nin": [None, self._me]}
         where = ("fullDocument.q.p", "updateDescription.updatedFields.q.p")
@@ -62,12 +64,24 @@ class MongoStore(DocumentStore):
 
     async def close(self) -> None:
         await self._feed.stop()
+        await self._reads.close()
+        await self._sents.close()
         await self._link.close()
 
     async def get(self, type_: type[D], id: str, *, workspace: str = "default", tombstone: bool = False) -> D | None:
-        key = {"k": type_.kind, "w": workspace, "i": id}
-        found = await self._link.steady(lambda: self._docs.find_one({"_id": key}, {"b": 1, "d": 1, "_id": 0}))
+        found = await self._reads((workspace, type_.kind, id))
         return None if found is None or (found["d"] and not tombstone) else type_.restored(found["b"])
+
+    async def _read(self, asked: Sequence[Id]) -> list[Record | None]:
+        """By id, in the order that was asked."""
+        keys = [{"k": kind, "w": workspace, "i": id} for workspace, kind, id in dict.fromkeys(asked)]
+        if len(keys) == 1:
+            one = await self._link.steady(lambda: self._docs.find_one({"_id": keys[0]}, {"b": 1, "d": 1}))
+            return [one] * len(asked)
+        records = await self._link.steady(
+            lambda: self._docs.find({"_id": {"$in": keys}}, {"b": 1, "d": 1}).to_list(len(keys)))
+        found = {_id(record): record for record in records}
+        return [found.get(id) for id in asked]
 
     async def find(self, type_: type[D], where: Where | None = None, *, workspace: str | None = "default",
                    order: str = "id", after: tuple[str | int | float, str] | None = None, limit: int = 100,
@@ -210,7 +224,7 @@ class MongoStore(DocumentStore):
         rest = {"$filter": {"input": "$o", "cond": {"$not": [{"$in": ["$$this.i", gone]}]}}}
         steps: list[Record] = [{"$set": {"o": rest}}, {"$set": {
             name: {"$cond": [{"$eq": ["$o", []]}, "$$REMOVE", f"${name}"]} for name in ("o", "q")}}]
-        await self._link.steady(lambda: self._docs.update_one({"_id": key, "q.t": {"$gt": 0}}, steps))
+        await self._sents(({"_id": key, "q.t": {"$gt": 0}}, steps))
         self._own.sent((pending.workspace, pending.kind, pending.id))
 
 
@@ -245,10 +259,13 @@ class _Own:
             del self.ids[id]
 
 
+def _id(record: Record) -> Id:
+    return record["_id"]["w"], record["_id"]["k"], record["_id"]["i"]
+
+
 def _waiting(record: Record) -> Pending:
-    id = record["_id"]
     events = tuple(Envelope.decode(event["e"].encode()) for event in record.get("o", ()))
-    return Pending(id["w"], id["k"], id["i"], events)
+    return Pending(*_id(record), events)
 
 
 def _change(revision: int, key: Record, state: Record, outbox: list[Record], waiting: Record | None,

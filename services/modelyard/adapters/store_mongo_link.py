@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from bson.errors import BSONError
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection
-from pymongo import IndexModel, WriteConcern, errors
+from pymongo import IndexModel, UpdateOne, WriteConcern, errors
 from pymongo.read_concern import ReadConcern
 
 from ..core.errors import Invalid, ModelyardError, TooLarge, Unavailable
@@ -75,7 +75,7 @@ class Link:
         return link
 
     async def check(self) -> None:
-        """Returns when the primary of a replica set answers and lets this user read. Raises Unavailable."""
+        """Returns when the primary of a replica set answers and lets this user read and write. Raises Unavailable."""
         try:
             told = await self._client.admin.command("hello")
             if told.get("msg") == "isdbgrid":
@@ -85,6 +85,7 @@ class Link:
                     f"MongoDB at {self.where} is no replica set, and what is committed could not be made sure: start "
                     "mongod with --replSet rs0, run rs.initiate(), and write ?replicaSet=rs0 in the store's URL")
             await self.documents.find_one({"_id": 0}, {"_id": 1})
+            await self.documents.update_one({"_id": 0}, {"$unset": {"b": 1}})  # of a record that there never is
         except errors.ServerSelectionTimeoutError as exc:
             raise Unavailable(await self._lost(str(exc)), retry_after=2) from exc
         except Exception as exc:  # noqa: BLE001 - whatever the driver raises
@@ -94,6 +95,12 @@ class Link:
         """Makes the indexes that are not there."""
         models = [IndexModel(**one) for one in wanted]
         await self.steady(lambda: self.documents.create_indexes(models))
+
+    async def update_each(self, wanted: Sequence[tuple[Mapping[str, Any], Any]]) -> list[None]:
+        """Several (filter, update) in one request, each for itself; for what may be repeated."""
+        one_by_one = [UpdateOne(which, update) for which, update in wanted]
+        await self.steady(lambda: self.documents.bulk_write(one_by_one, ordered=False))
+        return [None] * len(wanted)
 
     async def close(self) -> None:
         if not self._closed:
@@ -209,6 +216,10 @@ def passing(exc: Exception) -> bool:
     """Whether the same may work a moment later. A server that was looked for in vain is waited for by the caller."""
     if isinstance(exc, errors.ServerSelectionTimeoutError):
         return False
+    if isinstance(exc, errors.BulkWriteError):
+        told = exc.details or {}
+        return all(one.get("code") in TRANSIENT for one in (*told.get("writeErrors", ()),
+                                                            *told.get("writeConcernErrors", ())))
     if isinstance(exc, errors.OperationFailure):
         transient = exc.code in TRANSIENT or exc.has_error_label("RetryableWriteError")
         return transient or isinstance(exc, errors.WTimeoutError | errors.ExecutionTimeout)

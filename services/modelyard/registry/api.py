@@ -19,8 +19,9 @@ from ..kernel.problems import answer
 from ..kernel.service import Context
 from ..kernel.web import Call, Route, reply, web
 from . import artifacts, holds, model
+from .latest import highest
 from .model import Model, ModelName
-from .register import highest, register, resolve
+from .register import register, resolve
 
 FILTERS = {
     "name": "Exact name.", "tag": "`k` or `k=v`; repeat it for more, all must match.",

@@ -71,6 +71,9 @@ class _BlobFile(io.RawIOBase):
 
 async def inspect(blobs: BlobStore, key: str, size: int, look: Callable[[BinaryIO], R]) -> R:
     """Runs ``look`` in a thread over the blob, ``size`` bytes long. Raises what it and the store raise."""
+    if size <= BUFFER:  # fetched whole: it costs less than one question from the thread
+        whole = b"".join([chunk async for chunk in blobs.get(key)])
+        return await asyncio.get_running_loop().run_in_executor(THREADS, look, io.BytesIO(whole))
     raw = _BlobFile(blobs, key, size)
     file = cast(BinaryIO, io.BufferedReader(raw, BUFFER))
     work = asyncio.get_running_loop().run_in_executor(THREADS, look, file)

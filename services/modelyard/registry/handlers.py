@@ -6,13 +6,13 @@ from __future__ import annotations
 from ..core.events import Envelope
 from ..kernel.service import Context
 from . import artifacts, holds
+from .latest import settle, settled
 from .model import exact
-from .register import settle
 
 
 async def on_model_registered(ctx: Context, event: Envelope) -> None:
     """The highest version is the latest."""
-    await settle(ctx, event.workspace, event.data["name"])
+    await settled(ctx, event.workspace, event.data["name"], event.data["version"])
 
 
 async def on_model_deleted(ctx: Context, event: Envelope) -> None:

@@ -11,8 +11,9 @@ from ..core.errors import Conflict, InUse, Invalid, ModelyardError, NotFound
 from ..core.events import Fact
 from ..kernel.service import RETRIES, Context
 from . import artifacts, model
+from .latest import highest, settle
 from .model import HOLD_KINDS, Model, ModelName
-from .register import highest, settle, turn
+from .register import turn
 
 OWNERS = {"image": ("image-builder", "/v1/images/"), "deployment": ("deployer", "/v1/deployments/")}
 BLOCKS_NOTHING = ("failed", "cancelled")

@@ -15,7 +15,8 @@ from ..kernel.service import Context
 from . import artifacts
 from .blob_file import inspect
 from .claims import Seen, examine, wrong
-from .model import Artifact, Model, ModelName, latest_marks, made, versions_of
+from .latest import highest, next_number, settle, took
+from .model import Artifact, Model, ModelName, made
 
 _TURNS: WeakValueDictionary[tuple[int, str, str], asyncio.Lock] = WeakValueDictionary()
 TRIES = 1000
@@ -24,13 +25,6 @@ TRIES = 1000
 def turn(ctx: Context, workspace: str, name: str) -> asyncio.Lock:
     """One lock per name of this process. It only saves tries: what is right is decided by the commit."""
     return _TURNS.setdefault((id(ctx.store), workspace, name), asyncio.Lock())
-
-
-async def highest(ctx: Context, workspace: str, name: str, tombstones: bool = False) -> Model | None:
-    """The highest version of a name: the highest that lives, or (``tombstones``) that ever was."""
-    found = await ctx.store.find(Model, {"place": versions_of(name)}, workspace=workspace, order="-place", limit=1,
-                                 tombstones=tombstones)
-    return found[0] if found else None
 
 
 async def resolve(ctx: Context, workspace: str, text: str) -> Model:
@@ -57,14 +51,16 @@ async def register(ctx: Context, workspace: str, spec: ModelSpec, key: str | Non
 
     Raises Invalid naming every problem, Conflict when the artifact is being removed at this very moment.
     """
-    doc = await _made_before(ctx, workspace, key)
-    if doc is None:
+    before = await _made_before(ctx, workspace, key)
+    if before is not None and before.deleted:
+        return before
+    if before is None:
         record, seen, parent = await _checked(ctx, workspace, spec)
         doc = await _numbered(ctx, workspace, spec, record, seen, parent, key)
-    if doc.deleted:
-        return doc
-    await _still_there(ctx, doc)  # of a first try that died the rest may be undone
-    await settle(ctx, workspace, spec.name)
+    else:
+        doc = before  # of a first try that died the rest may be undone
+    await settle(ctx, workspace, spec.name, doc if before is None else None)
+    await _still_there(ctx, doc)
     return doc
 
 
@@ -108,15 +104,16 @@ async def look(ctx: Context, record: Artifact, spec: ModelSpec) -> Seen:
 async def _numbered(ctx: Context, workspace: str, spec: ModelSpec, record: Artifact, seen: Seen,
                     parent: str | None, key: str | None) -> Model:
     async with turn(ctx, workspace, spec.name):
-        for _ in range(TRIES):
-            top = await highest(ctx, workspace, spec.name, tombstones=True)
-            doc = made(spec, top.version + 1 if top else 1, workspace=workspace, size=record.size,
-                       framework=seen.framework, signature=spec.signature or seen.signature, parent=parent,
-                       made_by=key, now=ctx.now())
+        for attempt in range(TRIES):
+            number = await next_number(ctx, workspace, spec.name, look=attempt > 0)
+            doc = made(spec, number, workspace=workspace, size=record.size, framework=seen.framework,
+                       signature=spec.signature or seen.signature, parent=parent, made_by=key, now=ctx.now())
             try:
-                return await ctx.commit(doc, Fact("model.registered"))
+                doc = await ctx.commit(doc, Fact("model.registered"))
             except Conflict:   # another process took this version
                 continue
+            took(ctx, doc)
+            return doc
     raise Conflict(f"too many registrations of '{spec.name}' at once; try again")
 
 
@@ -129,24 +126,3 @@ async def _still_there(ctx: Context, doc: Model) -> None:
                                                (Fact("model.deleted"),)), workspace=doc.workspace)
     await settle(ctx, doc.workspace, doc.name)
     raise Conflict(f"{doc.artifact} was being removed; upload it again, then register", code="being-removed")
-
-
-async def settle(ctx: Context, workspace: str, name: str) -> None:
-    """Marks the highest living version as the latest, and no other. Looks again until a look finds nothing to do,
-    so whoever comes last leaves it right."""
-    while True:
-        top = await highest(ctx, workspace, name)
-        marked = await ctx.store.find(Model, {"marks": latest_marks(name)[1]}, workspace=workspace)
-        wrong_ones = [doc for doc in marked if top is None or doc.id != top.id]
-        if not wrong_ones and (top is None or top.marks):
-            return
-        for doc in wrong_ones:
-            await _mark(ctx, doc, ())
-        if top is not None and not top.marks:
-            await _mark(ctx, top, latest_marks(name))
-
-
-async def _mark(ctx: Context, doc: Model, marks: tuple[str, ...]) -> None:
-    with suppress(NotFound):   # deleted meanwhile: whoever did it looks as well
-        await ctx.change(Model, doc.id, lambda d: None if d.marks == marks else (d.evolve(marks=marks), ()),
-                         workspace=doc.workspace)

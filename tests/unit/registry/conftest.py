@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import io
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,15 @@ class Registry:
     async def events(self) -> list[Any]:
         """What waits to be published, by subject."""
         return [event for doc in await self.ctx.store.pending(10_000) for event in doc.events]
+
+    @contextlib.asynccontextmanager
+    async def another_process(self) -> AsyncIterator[Context]:
+        """On the same documents, remembering nothing."""
+        store = await SqliteStore.open(self.ctx.data / "yard.db", "registry")
+        try:
+            yield replace(self.ctx, store=store)
+        finally:
+            await store.close()
 
     def later(self, seconds: float) -> None:
         """Moves the registry's clock on."""
