@@ -3,57 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from infra.stack.kafka import Kafka
-from infra.stack.server import free_port, run
 from modelyard.adapters.urls import open_bus
 from modelyard.core.errors import Unavailable
 from modelyard.core.events import Envelope
 from tests.backends import need
 from tests.contract.bus_worker import event
+from tests.integration.guarded import Guarded
 
 pytestmark = pytest.mark.slow
-MORE = """
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{control},\
-SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{tls}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port},SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{tls}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL
-sasl.enabled.mechanisms=PLAIN
-listener.name.sasl_plaintext.plain.sasl.jaas.config={login}
-listener.name.sasl_ssl.plain.sasl.jaas.config={login}
-ssl.keystore.location={store}
-ssl.keystore.password=changeit
-authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
-super.users=User:ANONYMOUS;User:yard
-"""
-LOGIN = ('org.apache.kafka.common.security.plain.PlainLoginModule required '
-         'user_yard="p@ss" user_guest="guest";')
-
-
-class Guarded(Kafka):
-    """Two more listeners, with passwords: ``sasl`` in the open, ``tls`` encrypted. ``guest`` may do nothing."""
-
-    sasl = tls = 0
-
-    def _prepare(self) -> None:
-        super()._prepare()
-        self.sasl, self.tls = self.sasl or free_port(), self.tls or free_port()
-        store = self.folder / "key.p12"
-        if not store.exists():
-            about = ("-keystore", str(store), "-storepass", "changeit", "-alias", "kafka")
-            run("keytool", "-genkeypair", *about, "-storetype", "PKCS12", "-keyalg", "RSA", "-dname", "CN=localhost",
-                "-ext", "SAN=IP:127.0.0.1", "-ext", "BC=ca:true")
-            run("keytool", "-exportcert", "-rfc", *about, "-file", str(self.authority))
-        with self._properties.open("a") as properties:
-            properties.write(MORE.format(port=self.port, sasl=self.sasl, tls=self.tls, store=store, login=LOGIN,
-                                         control=(self.folder / "controller.port").read_text()))
-
-    @property
-    def authority(self) -> Path:
-        return self.folder / "authority.pem"
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from azure.core import exceptions as azure
 from azure.storage.blob.aio import BlobServiceClient, ContainerClient, ExponentialRetry
@@ -58,6 +59,9 @@ def place(url: str) -> Place:
         raise Invalid(f"blobs=azure://{host}{parts.path} names no container; write {FORM}, the container of 3 to 63 "
                       "lower-case letters, digits and single '-'", field="blobs")
     key = unquote(parts.password) if parts.password else _environ("AZURE_STORAGE_KEY") or _connection("AccountKey")
+    if key is None and (sas := _connection("SharedAccessSignature")):
+        raise Invalid(f"blobs={address}: AZURE_STORAGE_CONNECTION_STRING holds a SAS{_lapsed(sas)}, with which no "
+                      "capture grant can be lent: give one with AccountKey=, or set AZURE_STORAGE_KEY", field="blobs")
     if key is None and local:
         raise Invalid(f"blobs={address}: over http an account's key is needed; write {FORM}, or set AZURE_STORAGE_KEY",
                       field="blobs")
@@ -65,6 +69,16 @@ def place(url: str) -> Place:
         raise Invalid(f"blobs={address}: the account's key is not base64, as Azure shows it; in a URL '+', '/' and "
                       "'=' are written %2B, %2F and %3D", field="blobs")
     return Place(address, unquote(parts.username) if parts.username else account, key, folders[-1])
+
+
+def _lapsed(sas: str) -> str:
+    """``, which expired at 2026-…``, or "" for one that holds."""
+    end = parse_qs(sas.lstrip("?")).get("se", [""])[0]
+    try:
+        over = datetime.fromisoformat(end) < datetime.now(UTC)
+    except (ValueError, TypeError):
+        return ""
+    return f" that expired at {end}" if over else ""
 
 
 def _is_key(text: str) -> bool:
@@ -187,6 +201,8 @@ class Link:
                           "Storage Blob Data Contributor, or the account's key")
         if exc.status_code in (400, 411, 413):
             return Invalid(f"{where} refuses the request ({code})")
+        if exc.status_code == 404 and code != "ContainerNotFound":
+            return Unavailable(f"{where}: there is no account '{self.place.account}' there; correct blobs=, {FORM}")
         return Unavailable(f"{where} answers {exc.status_code} {code}; try again")
 
 

@@ -48,7 +48,7 @@ class KafkaBus(EventBus):
 
     async def check(self) -> None:
         try:
-            await self._topics.check(TOPICS)
+            await self._topics.check(TOPICS, sorted(set(TOPICS.values())))
         except Invalid as exc:
             raise Unavailable(exc.message, code=exc.code) from exc
 

@@ -8,7 +8,7 @@ import logging
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -140,6 +140,13 @@ class Link:
         if isinstance(exc, OSError | errors.KafkaConnectionError):
             return Unavailable(f"{doing}: no Kafka broker answers at {place}; start it, or correct bus= ({exc})")
         return Unavailable(f"{doing}: Kafka at {place} answers {type(exc).__name__}: {exc}")
+
+    def no_topics(self, names: Sequence[str], partitions: int) -> Unavailable:
+        """Topics that are not there, and that this user may not make."""
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return Unavailable(f"the topics {', '.join(names[:3])}{more} are missing in Kafka at {','.join(self.hosts)}, "
+                           f"and {self.user or 'the anonymous user'} may not make them: grant Create on topics, or "
+                           f"make them with {partitions} partitions each", code="denied")
 
     async def why(self, exc: BaseException, doing: str) -> Unavailable:
         """Like ``ours``; where the driver only says that no host would do, the hosts are asked for the reason."""

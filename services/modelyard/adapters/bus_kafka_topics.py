@@ -15,7 +15,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.protocol.metadata import MetadataRequest
 
 from ..core.errors import Invalid
-from .bus_kafka_link import CONNECT_S, FAILURES, Attempt, Link
+from .bus_kafka_link import CONNECT_S, DENIED, FAILURES, Attempt, Link
 
 log = logging.getLogger(__name__)
 RECORD_BYTES = 8 * 1024 * 1024
@@ -50,11 +50,25 @@ class Topics:
         """Something is not as it was: everything is looked at again when it is next used."""
         self._right.clear()
 
-    async def check(self, plain: Iterable[str]) -> None:
-        """Whether a broker answers, and those of the topics that are there are right; makes none."""
+    async def check(self, plain: Iterable[str], groups: Iterable[str] = ()) -> None:
+        """Whether a broker answers, those of the topics that are there are right, the others could be made by us, and
+        the groups are open to us; makes nothing."""
         async with self.admin("asking Kafka") as admin:
-            there = await self._described(admin, [self.link.name(p) for p in plain])
+            names = [self.link.name(p) for p in plain]
+            there = await self._described(admin, names)
             self._verify(there, await self._configured(admin, list(there)))
+            if missing := [name for name in names if name not in there]:
+                await self._create(admin, missing, only_ask=True)
+            for group in groups:
+                await self._open_to_us(admin, self.link.name(group))
+
+    async def _open_to_us(self, admin: AIOKafkaAdminClient, group: str) -> None:
+        try:
+            await admin.find_coordinator(group)
+        except DENIED:
+            raise
+        except errors.KafkaError:  # brokers that begin need a moment to find one
+            return
 
     async def _make(self, admin: AIOKafkaAdminClient, names: Sequence[str]) -> None:
         """What is there is looked at before anything is made: a wrong setting must not leave wrong topics behind."""
@@ -63,19 +77,25 @@ class Topics:
         missing = [name for name in names if name not in there]
         if not missing:
             return
-        wanted = [NewTopic(name, self.partitions, max(self.replication, 1), topic_configs=self._configs)
-                  for name in missing]
-        for topic in wanted:  # the class refuses -1, brokers have taken it for long
-            topic.replication_factor = self.replication or BROKERS_CHOICE
-        answer = await admin.create_topics(wanted, timeout_ms=int(READY_S * 1000))
-        for name, code, message in answer.topic_errors:
-            error = errors.for_code(code)
-            if error not in (errors.NoError, errors.TopicAlreadyExistsError):
-                raise error(f"{name}: {message}")
+        await self._create(admin, missing)
         async with asyncio.timeout(READY_S):
             while len(made := await self._described(admin, missing)) < len(missing):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         self._verify(made, {})
+
+    async def _create(self, admin: AIOKafkaAdminClient, names: Sequence[str], only_ask: bool = False) -> None:
+        """Raises Unavailable for what the brokers do not make, saying who may."""
+        wanted = [NewTopic(name, self.partitions, max(self.replication, 1), topic_configs=self._configs)
+                  for name in names]
+        for topic in wanted:  # the class refuses -1, brokers have taken it for long
+            topic.replication_factor = self.replication or BROKERS_CHOICE
+        answer = await admin.create_topics(wanted, timeout_ms=int(READY_S * 1000), validate_only=only_ask)
+        refused = {name: (errors.for_code(code), message) for name, code, message in answer.topic_errors
+                   if errors.for_code(code) not in (errors.NoError, errors.TopicAlreadyExistsError)}
+        for error, message in refused.values():
+            if error in DENIED:
+                raise self.link.no_topics([name for name in names if name in refused], self.partitions)
+            raise error(f"{', '.join(refused)}: {message}")
 
     async def _described(self, admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, int]:
         """Partition counts of those that are there with all their leaders. (Asking by ``describe_topics`` would make

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,8 @@ ROUTES = {
     "telemetry": "/v1/telemetry/doctor", "events": "/v1/events?after=end&follow=false",
 }
 ROOM_BYTES = 2 * 10**9
+WAITING_S = 60.0
+TROUBLE = "cannot ship: "
 COLUMNS: list[Column] = ["ok", "check", "found", "fix"]
 
 
@@ -78,6 +82,7 @@ def _settings(config: Path | None) -> list[dict[str, Any]]:
         _row("data folder", writable, str(folder), "modelyard serve --data DIR, with a folder that you may write to"),
         _row("disk", free > ROOM_BYTES, f"{free / 1e9:.1f} GB free", f"free some space below {there}"),
         *_outside(settings),
+        *_capture(folder),
     ]
 
 
@@ -90,6 +95,22 @@ def _outside(settings: Settings) -> list[dict[str, Any]]:
 
     seen = asyncio.run(look(settings, servers_only=not settings.data.exists()))
     return [_row(thing.name, not thing.trouble, thing.url, thing.trouble) for thing in seen]
+
+
+def _capture(data: Path) -> list[dict[str, Any]]:
+    """A row for each deployment of this machine whose captured calls cannot leave it: what its shipper said last."""
+    rows, before = [], time.time() - WAITING_S
+    for run in sorted(data.glob("run/*/*")):
+        log, waiting = run / "logs" / "shipper.log", []
+        with contextlib.suppress(OSError):  # they are shipped this moment, or not ours to read
+            waiting = [path.stat().st_mtime for path in run.glob("spool/*.seg")]
+        if waiting and min(waiting) < before:
+            said = log.read_text(errors="replace").splitlines() if log.is_file() else []
+            why = next((line.partition(TROUBLE)[2] for line in reversed(said) if TROUBLE in line), "")
+            rows.append(_row(f"capture {run.name}", False, f"{len(waiting)} segments wait to be shipped", (
+                f"{why or 'its shipper does not run'}; a deployer that runs renews its grant (modelyard serve), once "
+                "the blob store lets it")))
+    return rows
 
 
 def _yard() -> list[dict[str, Any]]:
