@@ -40,6 +40,7 @@ class _End(asyncio.Protocol):
         self.peer: _End | None = None
         self.ended = False
         self._done = done
+        self._early = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -48,13 +49,36 @@ class _End(asyncio.Protocol):
         transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
-        self.peer.transport.write(data)  # type: ignore[union-attr]  # reads begin when both ends are there
+        if self.peer is None:
+            self._kept(data)
+        else:
+            self.peer.transport.write(data)  # type: ignore[union-attr]
+
+    def _kept(self, data: bytes) -> None:
+        """Python before gh-103607 (3.11.2, which Debian 12 has) begins to read although ``connection_made`` has paused
+        it, and believes that it has not: what was read is kept for the peer, and reading is paused indeed."""
+        assert self.transport is not None
+        self._early += data
+        self.transport.resume_reading()
+        self.transport.pause_reading()
+
+    def flow(self) -> None:
+        """Both ends are there: reads begin, behind what was read too early."""
+        assert self.transport is not None and self.peer is not None and self.peer.transport is not None
+        if self._early:
+            self.peer.transport.write(self._early)
+            self._early = b""
+        if self.ended and self.peer.transport.can_write_eof():
+            self.peer.transport.write_eof()
+        self.transport.resume_reading()
 
     def eof_received(self) -> bool:
         """The other direction goes on until it ends too."""
         self.ended = True
         other = self.peer
-        if other is None or other.ended or other.transport is None or other.transport.is_closing():
+        if other is None:  # read too early, as above
+            return True
+        if other.ended or other.transport is None or other.transport.is_closing():
             return False
         if other.transport.can_write_eof():
             other.transport.write_eof()
@@ -102,9 +126,8 @@ class _Public(_End):
         if other.ended:
             self.transport.close()
             return
-        assert other.transport is not None
-        self.transport.resume_reading()
-        other.transport.resume_reading()
+        self.flow()
+        other.flow()
 
     def _gone(self) -> None:
         self._relay.open.discard(self)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+from asyncio import selector_events
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,6 +113,34 @@ async def test_bytes_pass_unchanged_and_a_slow_reader_holds_the_writer_back(fron
         await sending
         writer.close()
         await front.quiet(one)
+
+
+@pytest.mark.parametrize("first", ["caller", "server"])
+async def test_what_an_older_python_reads_too_early_is_not_lost(
+        front: Front, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    """Python 3.11.2 reads although it was told to pause when the connection was made."""
+    def at_once(self: Any, fd: int, callback: Any, *args: Any) -> None:
+        if not self.is_closing():
+            self._loop._add_reader(fd, callback, *args)
+
+    monkeypatch.setattr(selector_events._SelectorTransport, "_add_reader", at_once)
+    one, sent = Replica(tmp_path / "a"), random.Random(2).randbytes(3 << 20)
+    async with one.listening(echo if first == "caller" else named(sent)):
+        reader, writer = await front.connect()
+        sending = asyncio.create_task(send_all(writer, sent if first == "caller" else b""))
+        await asyncio.wait([sending], timeout=0.1)  # it is read, or waits, before there is anybody to have it
+        front.ready = [one]
+        front.relay.changed()
+        assert await asyncio.wait_for(reader.readexactly(len(sent)), 10) == sent
+        await sending
+        writer.close()
+        await front.quiet(one)
+
+
+async def send_all(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.write(data)
+    writer.write_eof()
+    await writer.drain()
 
 
 async def test_a_half_closed_connection_is_answered(front: Front, tmp_path: Path) -> None:
