@@ -103,7 +103,7 @@ class Document(BaseModel):
 def with_parts(type_: type[BaseModel]) -> frozenset[str]:
     """The fields that may hold models."""
     def may(kind: Any) -> bool:
-        return isinstance(kind, type) and issubclass(kind, BaseModel) or any(map(may, get_args(kind)))
+        return (isinstance(kind, type) and issubclass(kind, BaseModel)) or any(map(may, get_args(kind)))
 
     return frozenset(name for name, field in type_.model_fields.items() if may(field.annotation))
 
