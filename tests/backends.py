@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from infra.stack import SERVERS, server_class
+from tests import containers
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,17 @@ class Backend:
 
 
 def server(name: str) -> str | None:
-    """The URL of a real server: given in ``MODELYARD_TEST_<NAME>``, else of ``make stack``, else None."""
+    """The URL of a real server: given in ``MODELYARD_TEST_<NAME>``, else of ``make stack``, else in a container that
+    is started for it (tests/containers.py says when), else None."""
     if given := os.environ.get(f"MODELYARD_TEST_{name.upper()}"):
         return given
+    for choice in (containers.url, _native) if containers.mode() == "1" else (_native, containers.url):
+        if found := choice(name):
+            return found
+    return None
+
+
+def _native(name: str) -> str | None:
     status = server_class(name)().status()
     return status.url if status.state == "running" else None
 
@@ -41,17 +50,17 @@ CORNERS: dict[str, set[str]] = {}
 
 
 def support() -> dict[str, str]:
-    """Of each real server: whether it was given, is of ``make stack``, could be had, or why it cannot."""
-    told = {}
-    for name in SERVERS:
-        class_ = server_class(name)
-        if f"MODELYARD_TEST_{name.upper()}" in os.environ:
-            told[name] = f"given in MODELYARD_TEST_{name.upper()}"
-        elif class_().status().state == "running":
-            told[name] = f"native, {class_.version}"
-        else:
-            told[name] = class_.missing() or "not started: make stack, or make test"
-    return told
+    """Of each real server: whether it was given, is of ``make stack`` or in a container, could be had, or why not."""
+    return {name: _support(name) for name in SERVERS}
+
+
+def _support(name: str) -> str:
+    if os.environ.get(f"MODELYARD_TEST_{name.upper()}"):
+        return f"given in MODELYARD_TEST_{name.upper()}"
+    class_, first = server_class(name), containers.mode() == "1"
+    if _native(name) and not (first and containers.url(name)):
+        return f"native, {class_.version}" + (f" ({containers.told(name)})" if first else "")
+    return containers.told(name) or class_.missing() or "not started: make stack, or make test"
 
 
 def _own(name: str, make: Callable[[str, str], str]) -> Callable[[Path], str | None]:

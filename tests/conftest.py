@@ -21,12 +21,22 @@ from modelyard.kernel.service import Context
 from modelyard.kernel.wakes import Wakes
 from modelyard.ports.bus import EventBus
 from modelyard.ports.store import DocumentStore
-from tests import backends
+from tests import backends, containers
 from tests.corners import clear_kafka
 
 HERE = Path(__file__).parent
 GUARDED = (HERE / "unit", HERE / "contract")
 UV_CACHE = os.environ.get("UV_CACHE_DIR") or f"{os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'}/uv"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # a worker shares the containers of whoever started it
+        containers.open_session()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        containers.close_session()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -16,8 +16,8 @@ BATCH = 200
 
 def clear_kafka() -> None:
     """Removes the topics of this session's corners; those of others stay."""
-    words, url = CORNERS.pop("kafka", set()), server("kafka")
-    if words and url:
+    words = CORNERS.pop("kafka", set())
+    if words and (url := server("kafka")):
         with contextlib.suppress(KafkaError, OSError):  # it is a kindness to the next session, nothing depends on it
             asyncio.run(_clear(urlsplit(url).netloc.rpartition("@")[2], tuple(f"t{word}." for word in words)))
 
