@@ -5,6 +5,9 @@
 Goals on two cores, on Kafka and MongoDB: 150/s for 30 s without an error, all effects there within 10 s after; at 20/s
 from event to effect p50 <= 50 ms, p99 <= 250 ms. The effect is a document of a subscriber of its own, committed with
 the event as its cause. `--profile embedded` runs the same on SQLite, side by side in one run with `--profile both`.
+
+A second line tells where the time goes: CPU of each process for each registration, commits that met a Conflict, and
+how much of the machine all of this and everybody else took (latencies mean little on a machine that was full).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -40,6 +44,7 @@ from modelyard.kernel.service import Context, Service
 from tests.e2e.yard import Yard
 
 NAMES = 50
+TICKS = os.sysconf("SC_CLK_TCK")
 ARTIFACT = b"weights"
 
 
@@ -134,39 +139,76 @@ async def load(yard: Yard, rate: float, seconds: float, mark: str) -> tuple[Coun
     return statuses, sorted(latencies)
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What was spent up to a moment: seconds of CPU of each process, and of the machine; conflicts in the registry."""
+
+    processes: dict[str, float]
+    busy: float
+    conflicts: float
+    moment: float
+
+    @classmethod
+    def now(cls, yard: Yard, pids: dict[str, int]) -> Costs:
+        told = yard.call("GET", "/metrics", service="registry").body.decode()
+        conflicts = sum(float(line.split()[-1]) for line in told.splitlines()
+                        if line.startswith("modelyard_conflicts_total{"))
+        user, nice, system = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:4])
+        return cls({name: cpu_seconds(pid) for name, pid in pids.items()}, (user + nice + system) / TICKS, conflicts,
+                   time.monotonic())
+
+    def line(self, before: Costs, count: int) -> str:
+        spent = {name: seconds - before.processes[name] for name, seconds in self.processes.items()}
+        each = ", ".join(f"{name} {1000 * seconds / count:.2f}"
+                         for name, seconds in sorted(spent.items(), key=lambda one: -one[1]))
+        took, cores = self.moment - before.moment, os.cpu_count() or 1
+        return (f"  each cost {1000 * sum(spent.values()) / count:.1f} ms of CPU ({each}) and "
+                f"{(self.conflicts - before.conflicts) / count:.3f} conflicts; of {cores} cores this took "
+                f"{sum(spent.values()) / took:.1f}, all that runs here {(self.busy - before.busy) / took:.1f}")
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
 def at(sorted_: list[float], q: float) -> str:
     return f"{1000 * sorted_[min(len(sorted_) - 1, int(len(sorted_) * q))]:.1f} ms" if sorted_ else "-"
 
 
-async def measure(name: str, yard: Yard, rate: float, seconds: float) -> None:
+async def measure(name: str, yard: Yard, servers: dict[str, int], rate: float, seconds: float) -> None:
     async with subscriber(yard) as told:
+        pids = {**servers, **{service: process.pid for service, process in yard.processes.items()},
+                "subscriber": told.process.pid, "client": os.getpid()}
         await load(yard, 20, 2, "warm")
         await told.upto(40, 30)
         told.waits.clear()
         for mark, per_second, lasting in (("quiet", 20.0, 10.0), ("busy", rate, seconds)):
-            before = time.process_time()
+            before = Costs.now(yard, pids)
             statuses, latencies = await load(yard, per_second, lasting, mark)
             lag = await told.upto(int(per_second * lasting), 120)
             waits = sorted(told.waits.values())
             print(f"{name} {per_second:g}/s for {lasting:g} s: statuses {dict(statuses)}, POST p50 {at(latencies, 0.5)}"
                   f" p99 {at(latencies, 0.99)}; event to effect p50 {at(waits, 0.5)} p99 {at(waits, 0.99)}; all "
-                  f"effects {lag:.1f} s after the last answer (client CPU {time.process_time() - before:.1f} s)",
-                  flush=True)
+                  f"effects {lag:.1f} s after the last answer\n"
+                  + Costs.now(yard, pids).line(before, int(per_second * lasting)), flush=True)
             told.waits.clear()
 
 
 def run(profile: str, rate: float, seconds: float) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        env = {}
+        env: dict[str, str] = {}
+        servers: dict[str, int] = {}
         if profile == "distributed":
             kafka = stack.enter_context(Kafka(Path(folder) / "kafka"))
             mongo = stack.enter_context(Mongo(Path(folder) / "mongo"))
             env = {"MODELYARD_BUS": f"{kafka.url}/bench", "MODELYARD_STORE": mongo.url.replace("?", "bench?", 1)}
+            servers = {server.name: server.pid() or 0 for server in (kafka, mongo)}
         else:
             env = dict.fromkeys(("MODELYARD_BUS", "MODELYARD_STORE"), f"sqlite://{folder}/data/yard.db")
         yard = Yard.start("apart", Path(folder) / "data", **env)
         stack.callback(yard.stop)
-        asyncio.run(measure(profile, yard, rate, seconds))
+        asyncio.run(measure(profile, yard, servers, rate, seconds))
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from ..ports.blobs import BlobStore, CaptureGrants
 from ..ports.images import ImageStore
 from ..ports.store import DocumentStore
 from ..ports.targets import DeploymentTarget
-from .observe import current_traceparent
+from .observe import CONFLICTS, current_traceparent
 from .wakes import Changes
 
 if TYPE_CHECKING:
@@ -55,7 +55,13 @@ class Context:
     async def commit(self, doc: D, *facts: Fact, cause: str | None = None) -> D:
         """One commit: state, events and cause. Raises what ``DocumentStore.commit`` raises."""
         doc, events = announce(doc, self.service, *facts, traceparent=current_traceparent(), now=self.now())
-        stored = await self.store.commit(doc, events, cause)
+        try:
+            stored = await self.store.commit(doc, events, cause)
+        except AlreadyApplied:
+            raise
+        except Conflict:
+            CONFLICTS.labels(self.service, doc.kind).inc()
+            raise
         self.changes.tell(doc.kind, doc.workspace, doc.id)
         return stored
 

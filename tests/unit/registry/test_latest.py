@@ -13,6 +13,7 @@ import pytest
 from modelyard.adapters.store_sqlite import SqliteStore
 from modelyard.core.errors import Unavailable
 from modelyard.core.specs import ModelSpec
+from modelyard.kernel.observe import REGISTRY
 from modelyard.kernel.service import Context
 from modelyard.registry import SERVICE, holds
 from modelyard.registry.latest import settle
@@ -41,6 +42,10 @@ async def models(ctx: Context) -> list[Model]:
 
 async def marked(ctx: Context) -> list[str]:
     return [m.id for m in await ctx.store.find(Model, {"marks": "latest/iris"})]
+
+
+def conflicts() -> float:
+    return REGISTRY.get_sample_value("modelyard_conflicts_total", {"service": "registry", "kind": "model"}) or 0.0
 
 
 async def test_one_after_the_other_each_costs_two_commits(registry: Registry) -> None:
@@ -118,5 +123,7 @@ async def test_a_number_that_another_took_is_not_given_again(registry: Registry)
             assert (await register(other, "default", spec, None)).id == f"iris:{n}"
         await holds.remove(other, "default", "iris:3", lambda doc: None)
         assert await marked(registry.ctx) == ["iris:2"]
+        before = conflicts()
         assert (await register(registry.ctx, "default", spec, None)).id == "iris:4"
+        assert conflicts() == before + 1   # the one that found "iris:2" taken
         assert await marked(registry.ctx) == ["iris:4"]
