@@ -10,7 +10,7 @@ TEST_RUN := $(CURDIR)/.stack/test
 STACK    := MODELYARD_TEST_RUN=$(TEST_RUN) $(PY) -m infra.stack
 WITH_STACK := $(STACK) stop >/dev/null; rm -rf $(TEST_RUN); $(STACK) start --available; trap '$(STACK) stop' EXIT; \
   export MODELYARD_TEST_RUN=$(TEST_RUN);
-EMBEDDED := MODELYARD_TEST_RUN=$(CURDIR)/.stack/none
+EMBEDDED := MODELYARD_TEST_RUN=$(CURDIR)/.stack/none MODELYARD_TEST_CONTAINERS=0
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ —/' | sort

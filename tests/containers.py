@@ -29,6 +29,7 @@ SWITCH = "MODELYARD_TEST_CONTAINERS"
 SESSION = "MODELYARD_TEST_CONTAINERS_SESSION"
 """Where this session notes what it started: workers have it from who started them."""
 LABEL = "dev.modelyard.test-session"
+PREFIX = "modelyard-containers-"
 PROMPT_S = 5
 SLOW_S = 120
 
@@ -47,7 +48,7 @@ def mode() -> str:
 def open_session() -> None:
     """In the process that the user started, not in its workers. Starts nothing."""
     mode()
-    os.environ[SESSION] = tempfile.mkdtemp(prefix="modelyard-containers-")
+    os.environ[SESSION] = tempfile.mkdtemp(prefix=PREFIX)
     (Path(os.environ[SESSION]) / "owner").write_text(f"{os.getpid()} {began(os.getpid())}")
 
 
@@ -62,8 +63,11 @@ def close_session() -> None:
 
 
 def _sweep(client: Any) -> None:
-    """What sessions of this machine left that ended without a word."""
+    """What sessions of this machine left that ended without a word: containers first, then their notes."""
     _remove(client, lambda whose: not _lives(Path(whose)))
+    for owner in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/owner"):
+        if not _lives(owner.parent):
+            shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 def _lives(session: Path) -> bool:

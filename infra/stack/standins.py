@@ -24,7 +24,7 @@ from urllib.parse import quote
 from . import debian
 from .docker import Docker
 from .server import CACHE, StackError
-from .standins_layers import Layer, servers, small, users
+from .standins_layers import MADE, Layer, servers, small, users
 from .standins_recipes import RECIPES, Recipe
 
 LABEL = "dev.modelyard.stand-in"
@@ -36,9 +36,10 @@ PIECE = 1 << 20
 LOAD_S = 600.0
 
 
-def missing() -> str:
-    """Why none can be made on this machine; "" when they can."""
-    return debian.missing()
+def missing(names: Sequence[str] = ALL) -> str:
+    """Why they cannot be made on this machine; "" when they can."""
+    made = {MADE[part] for name in names for part in RECIPES[name].parts if part in MADE}
+    return debian.missing() or next(filter(None, (server.missing() for server in made)), "")
 
 
 def build(docker: Docker, names: Sequence[str] = ALL, say: Callable[[str], None] = lambda line: None) -> None:
@@ -46,7 +47,7 @@ def build(docker: Docker, names: Sequence[str] = ALL, say: Callable[[str], None]
     first, loaded in seconds by a fresh engine, and a look when it has them. StackError when one cannot be made."""
     if unknown := [name for name in names if name not in RECIPES]:
         raise StackError(f"no stand-in is called {', '.join(unknown)}; there are: {', '.join(ALL)}")
-    if reason := missing():
+    if reason := missing(names):
         raise StackError(f"stand-ins: {reason}")
     wanted: dict[str, tuple[bytes, list[Layer]]] = {}
     CACHE.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from . import debian
 from .azurite import Azurite
 from .kafka import Kafka
 from .mongo import BINARY, Mongo
-from .server import CACHE, apt_install, needs, run
+from .server import CACHE, Server, apt_install, needs, run
 
 VERSION = "1"  # of how layers are made: a new one makes them all again
 PACKAGES = (*debian.PACKAGES, "adduser", "busybox", "docker-registry", "libcurl4", "openjdk-17-jre-headless",
@@ -42,6 +42,8 @@ PARTS = {  # of Debian's files above the base: the first pattern that a path beg
     "tools": re.compile(""),
 }
 """Part → what belongs in it; that of no name is left out: documents, scripts and fonts that no stand-in serves."""
+MADE: dict[str, type[Server]] = {"kafka": Kafka, "mongod": Mongo, "azurite": Azurite}
+"""Part → the server of this stack that it is taken from."""
 FOLDERS = 'mkdir -p "$1/usr/share/man/man1"'
 """Java's package puts links there, and fails where it is not."""
 NOT_RUN = (".map", ".ts", ".md", ".flow")
@@ -103,14 +105,13 @@ def users() -> tuple[str, str]:
 
 def _own(part: str) -> tuple[str, Callable[[], Iterator[Entry]]]:
     """What a server of the stack's own is made of: (what it changes with, its files)."""
+    if part in MADE:
+        MADE[part].install()
     if part == "kafka":
-        Kafka.install()
         return Kafka.version, lambda: tree(Kafka.home() / "libs", "opt/kafka/libs")
     if part == "mongod":
-        Mongo.install()
         return Mongo.version, lambda: tree(Mongo.home() / BINARY, "usr/bin/mongod")
     if part == "azurite":
-        Azurite.install()
         return Azurite.version, lambda: tree(Azurite.home() / "node_modules", "usr/local/lib/azurite/node_modules")
     node = Path(shutil.which("node") or "node").resolve()
     return run(str(node), "--version").strip(), lambda: tree(node, "usr/local/bin/node")
