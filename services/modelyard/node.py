@@ -40,6 +40,7 @@ P = TypeVar("P", bound=Port)
 ROOMS = {"registry": ".registry", "image-builder": ".image_builder", "deployer": ".deployer", "telemetry": ".telemetry"}
 """Service → the room that declares it as ``SERVICE``."""
 TARGETS_OF = "deployer"
+OF_IMAGES = ("image-builder", TARGETS_OF)
 
 
 def services(names: Sequence[str] = ()) -> list[Service]:
@@ -110,12 +111,23 @@ async def opened(settings: Settings, names: Sequence[str] = ()) -> AsyncIterator
         needed: dict[str, Port] = {f"store of {h.service.name}": h.context.store for h in parts.hosted}
         for port in needed.values():
             await _there(port)
-        server = Server(build(parts.hosted, house, bus=parts.bus, peers=peers, guard=guard, needed=needed))
+        server = Server(build(parts.hosted, house, bus=parts.bus, peers=peers, guard=guard, needed=needed,
+                              wanted=_elsewhere(settings, parts.hosted)))
         stack.push_async_callback(server.stop)
         number = await server.start(settings.host, _port(settings, wanted, house))
         url = f"http://{_address(settings.host)}:{number}"
         peers.urls.update({s.name: url for s in wanted})
         yield Node(url, server, parts)
+
+
+def _elsewhere(settings: Settings, hosted: Sequence[Hosted]) -> dict[str, Port]:
+    """What lies on servers beside the store and the bus, as far as these services use it."""
+    ports: dict[str, Port] = {}
+    if urls.on_server(settings.blobs):
+        ports["blobs"] = hosted[0].context.blobs
+    if urls.on_server(settings.images) and any(h.service.name in OF_IMAGES for h in hosted):
+        ports["images"] = hosted[0].context.images
+    return ports
 
 
 async def _there(store: Port) -> None:

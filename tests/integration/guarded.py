@@ -31,7 +31,7 @@ authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
 super.users=User:ANONYMOUS;User:yard
 """
 LOGIN = ('org.apache.kafka.common.security.plain.PlainLoginModule required '
-         'user_yard="p@ss" user_guest="guest" user_stranger="stranger";')
+         'user_yard="{password}" user_guest="guest" user_stranger="stranger";')
 
 
 class Guarded(Kafka):
@@ -39,6 +39,8 @@ class Guarded(Kafka):
     everything, ``guest`` and ``stranger`` nothing but what ``allow`` gives them."""
 
     sasl = tls = 0
+    password = "p@ss"
+    """Of ``yard``, from the next start on."""
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -50,7 +52,8 @@ class Guarded(Kafka):
                 "-ext", "SAN=IP:127.0.0.1", "-ext", "BC=ca:true")
             run("keytool", "-exportcert", "-rfc", *about, "-file", str(self.authority))
         with self._properties.open("a") as properties:
-            properties.write(MORE.format(port=self.port, sasl=self.sasl, tls=self.tls, store=store, login=LOGIN,
+            properties.write(MORE.format(port=self.port, sasl=self.sasl, tls=self.tls, store=store,
+                                         login=LOGIN.format(password=self.password),
                                          control=(self.folder / "controller.port").read_text()))
 
     @property

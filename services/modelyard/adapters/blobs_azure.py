@@ -13,7 +13,7 @@ from azure.core import exceptions as azure
 from azure.storage.blob import BlobBlock
 from azure.storage.blob.aio import BlobClient, ContainerClient
 
-from ..core.errors import Denied, Invalid, NotFound, Unavailable
+from ..core.errors import Invalid, NotFound, Unavailable
 from ..ports.blobs import Blob, BlobStore
 from .blobs_azure_link import Link, error_code
 from .blobs_dir import CONTROL, check_key
@@ -42,12 +42,9 @@ class AzureBlobs(BlobStore):
         return cls(await Link.open(url, timeout_s))
 
     async def check(self) -> None:
-        try:
-            await self._link.container(self._link.place.container)
-            with self._link.ours("check"):
-                await self._link.client.get_container_client(self._link.place.container).get_container_properties()
-        except Denied as exc:
-            raise Unavailable(exc.message) from exc
+        container = await self._link.container(self._link.place.container)
+        with self._link.ours("check"):
+            await container.get_container_properties()
 
     async def close(self) -> None:
         await self._link.close()

@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from azure.core import exceptions as azure
 from azure.storage.blob.aio import BlobServiceClient, ContainerClient, ExponentialRetry
 
-from ..core.errors import Denied, Invalid, Unavailable
+from ..core.errors import Invalid, Unavailable
 
 CONTAINER = re.compile(r"^(?!.*--)[a-z0-9][a-z0-9-]{1,61}[a-z0-9]\Z")
 CAPTURE = re.compile(r"^(?:workspaces/(?P<workspace>[^/]+)/)?capture/(?P<deployment>[^/]+)/")
@@ -190,15 +190,16 @@ class Link:
         except (azure.AzureError, OSError, TimeoutError) as exc:
             raise Unavailable(f"{where} does not answer: is Azure Blob Storage (or Azurite) running there?") from exc
 
-    def _told(self, exc: azure.HttpResponseError, where: str) -> Unavailable | Denied | Invalid:
+    def _told(self, exc: azure.HttpResponseError, where: str) -> Unavailable | Invalid:
+        """Credentials of ours that are refused are no fault of the caller's, and somebody will put them right."""
         code = error_code(exc) or exc.reason or ""
         if code == "ContainerNotFound":  # somebody took it away: the next call makes it again
             self._made.clear()
         if isinstance(exc, azure.ClientAuthenticationError) or code in ("AuthenticationFailed", "AuthorizationFailure"):
-            return Denied(f"{where} {self._refusal(code)}")
+            return Unavailable(f"{where} {self._refusal(code)}", code="denied")
         if exc.status_code == 403:
-            return Denied(f"{where}: account '{self.place.account}' may not do this ({code}): it needs the role "
-                          "Storage Blob Data Contributor, or the account's key")
+            return Unavailable(f"{where}: account '{self.place.account}' may not do this ({code}): it needs the role "
+                               "Storage Blob Data Contributor, or the account's key", code="denied")
         if exc.status_code in (400, 411, 413):
             return Invalid(f"{where} refuses the request ({code})")
         if exc.status_code == 404 and code != "ContainerNotFound":

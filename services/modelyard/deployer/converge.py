@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from ..core.documents import plain
 from ..core.errors import Denied, Invalid, ModelyardError, Unavailable
 from ..core.events import Fact
+from ..kernel.observe import Once
 from ..kernel.service import Change, Context, Loop
 from ..ports.targets import DeploymentTarget, Observed, Workload
 from .images import keep_holds, let_go, look_up
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 GRANT_S = 3600
 AGAIN_S = 30
 SWEEP_S = 30.0
+SAID = Once()
 
 
 async def step(ctx: Context, doc: Deployment) -> Change[Deployment]:
@@ -77,8 +79,10 @@ async def _apply(ctx: Context, doc: Deployment, digest: str, target: DeploymentT
     try:
         grant = await ctx.grants.lend(doc.workspace, doc.id, GRANT_S)
         until = now + timedelta(seconds=GRANT_S)
+        SAID.clear((doc.workspace, doc.id))
     except (Unavailable, Denied) as exc:
-        log.warning("no capture grant for '%s': %s", doc.id, exc)
+        if SAID.new((doc.workspace, doc.id), exc):
+            log.warning("no capture grant for '%s': %s", doc.id, exc)
         grant, until = "", now + timedelta(seconds=GRANT_S / 2 + AGAIN_S)
     return await target.apply(workload(doc, digest, grant)), until
 

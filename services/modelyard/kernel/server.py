@@ -29,10 +29,11 @@ class Hosted:
 
 
 def build(hosted: Sequence[Hosted], all_services: Sequence[Service], *, bus: EventBus, peers: Peers, guard: Guard,
-          needed: Mapping[str, Port]) -> web.Application:
+          needed: Mapping[str, Port], wanted: Mapping[str, Port] | None = None) -> web.Application:
     """The application of one process: its own services' routes, the kernel's, and the others' forwarded.
 
-    ``all_services`` are the services of the house; ``needed`` the ports that decide readiness.
+    ``all_services`` are the services of the house; ``needed`` the ports that decide readiness, ``wanted`` those that,
+    like the bus, only degrade.
     """
     app = application(guard)
     here = [h.service.name for h in hosted]
@@ -41,7 +42,7 @@ def build(hosted: Sequence[Hosted], all_services: Sequence[Service], *, bus: Eve
         mount(app, letters.internal_routes(h.service), h.context, owner="kernel")
     kernel: list[Route] = [
         *feed.routes(bus), *letters.routes([s.name for s in all_services], peers),
-        *health.routes(needed, {"bus": bus}, here),
+        *health.routes(needed, {"bus": bus, **(wanted or {})}, here),
     ]
     mount(app, [*kernel, *openapi.routes(all_services, kernel)], hosted[0].context, owner="kernel")
     for service in all_services:
