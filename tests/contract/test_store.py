@@ -139,6 +139,22 @@ async def test_one_of_many_creations_wins(store: DocumentStore) -> None:
     assert await store.get(Plant, "p") == won[0]
 
 
+async def test_many_at_once_are_each_answered_for_themselves(store: DocumentStore) -> None:
+    """Reads of what is there, gone, absent and another's; and outboxes emptied at once."""
+    here = [await store.commit(*told(Plant(id=f"p{n}", version=n, workspace=f"w{n % 3}"))) for n in range(12)]
+    gone = await store.commit(here[0].evolve(deleted=True))
+    asked = [(f"p{n}", f"w{w}") for w in range(3) for n in range(15)] * 2
+    answers = await asyncio.gather(*(store.get(Plant, id, workspace=w, tombstone=n % 2 == 0)
+                                     for n, (id, w) in enumerate(asked)))
+    there = {(doc.id, doc.workspace): doc for doc in here}
+    for n, ((id, w), doc) in enumerate(zip(asked, answers, strict=True)):
+        assert doc == ((gone if n % 2 == 0 else None) if (id, w) == ("p0", "w0") else there.get((id, w)))
+    waiting = await store.pending(100)
+    assert len(waiting) == 12
+    await asyncio.gather(*(store.sent(p) for p in waiting[1:]), *(store.sent(p) for p in waiting[1:3]))
+    assert await store.pending(100) == waiting[:1]
+
+
 async def test_a_cause_is_applied_once(store: DocumentStore) -> None:
     one = await store.commit(Plant(id="p"), cause="e1")
     two = await store.commit(one.evolve(version=2), cause="e2")

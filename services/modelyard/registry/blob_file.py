@@ -65,14 +65,29 @@ class _BlobFile(io.RawIOBase):
 
     async def end(self) -> None:
         source, self._source = self._source, None
-        if (close := getattr(source, "aclose", None)) is not None:
-            await close()
+        await _end(source)
+
+
+async def _end(source: AsyncIterator[bytes] | None) -> None:
+    if (close := getattr(source, "aclose", None)) is not None:
+        await close()
+
+
+async def _whole(source: AsyncIterator[bytes], size: int) -> bytes:
+    """Its bytes, without asking whether there are more."""
+    found = b""
+    try:
+        while len(found) < size and (chunk := await anext(source, b"")):
+            found += chunk
+    finally:
+        await _end(source)
+    return found
 
 
 async def inspect(blobs: BlobStore, key: str, size: int, look: Callable[[BinaryIO], R]) -> R:
     """Runs ``look`` in a thread over the blob, ``size`` bytes long. Raises what it and the store raise."""
-    if size <= BUFFER:  # fetched whole: it costs less than one question from the thread
-        whole = b"".join([chunk async for chunk in blobs.get(key)])
+    if size <= BUFFER:  # fetched whole: that costs less than one question from the thread
+        whole = await _whole(blobs.get(key), size)
         return await asyncio.get_running_loop().run_in_executor(THREADS, look, io.BytesIO(whole))
     raw = _BlobFile(blobs, key, size)
     file = cast(BinaryIO, io.BufferedReader(raw, BUFFER))
