@@ -17,9 +17,12 @@ from infra.stack.azurite import ACCOUNT, KEY, Azurite
 from infra.stack.mongo import Mongo
 from modelyard.core.events import event_id
 from tests.backends import need
+from tests.e2e.test_restart import deploy
 from tests.e2e.yard import Yard, until
 from tests.integration.guarded import Guarded
+from tests.integration.test_fault_10_telemetry_killed import load
 from tests.integration.test_readiness import begun, readiness, register
+from tests.integration.test_telemetry_shared import total
 
 pytestmark = pytest.mark.slow
 
@@ -208,3 +211,29 @@ def test_azure_refuses_the_key(tmp_path: Path) -> None:
             assert yard.call("GET", "/v1/models/iris:1/content").body == b"weights"
         finally:
             assert yard.stop() == []
+
+
+def test_captured_calls_outlast_a_key_that_is_refused(tmp_path: Path) -> None:
+    """Scoring never notices; what it wrote down meanwhile arrives when the key is right again."""
+    need("azure")
+    with Rekeyed(tmp_path / "azure") as azurite:
+        yard = Yard.start("apart", tmp_path / "data", MODELYARD_BLOBS=f"{azurite.url}/captured")
+        try:
+            url = deploy(yard)["endpoints"]["rest"]
+            assert load(url, 40) == 40
+            until(lambda: total(yard, "adder") == 40, 30)
+            azurite.stop()
+            azurite.key = base64.b64encode(event_id().encode()).decode()
+            azurite.start()
+            assert load(url, 40) == 40
+            quiet(yard, "refuses the credentials", 4, "telemetry")
+            assert len(lines(yard, "capture grant", "deployer")) <= 1
+            assert total(yard, "adder") == 40 and yard.call("GET", "/v1/deployments/adder").json["phase"] == "healthy"
+            azurite.stop()
+            azurite.key = KEY
+            azurite.start()
+            until(lambda: total(yard, "adder") == 80, 60, why="every call is counted once")
+            assert yard.call("DELETE", "/v1/deployments/adder?wait=30").status in (200, 202)
+            assert not [name for name in yard.ports if "Traceback" in yard.log(name)]
+        finally:
+            yard.stop()
