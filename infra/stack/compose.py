@@ -55,8 +55,8 @@ def _build() -> None:
         (source / "go.mod").write_text(GO_MOD)
         (source / "compose.go").write_text(MAIN)
         # what it is built from is of no use afterwards: writable, so that it can be deleted with the folder
-        env = {"GOMODCACHE": str(folder / "modules"), "GOFLAGS": "-modcacherw -mod=mod -buildvcs=false", "CGO_ENABLED": "0",
-               "GOTOOLCHAIN": "auto", "GOWORK": "off"}
+        env = {"GOMODCACHE": str(folder / "modules"), "GOFLAGS": "-modcacherw -mod=mod -buildvcs=false",
+               "CGO_ENABLED": "0", "GOTOOLCHAIN": "auto", "GOWORK": "off"}
         run("nice", "go", "build", "-trimpath", "-o", str(made / "docker-compose"),
             "-ldflags", f"-s -w -X {MODULE}/internal.Version=v{VERSION}", f"{MODULE}/cmd", cwd=source, env=env)
         told = run(str(made / "docker-compose"), "version", "--short").strip()
