@@ -19,7 +19,7 @@ from .outcome import TROUBLE_S, Seen, settled
 log = logging.getLogger(__name__)
 GRANT_S = 3600
 AGAIN_S = 30
-SWEEP_S = 30.0
+SWEEP_S, LEFT_S = 30.0, 30.0
 SAID = Once()
 
 
@@ -27,7 +27,7 @@ async def step(ctx: Context, doc: Deployment) -> Change[Deployment]:
     """One look at one deployment."""
     target = ctx.targets.get(doc.target)
     if target is None:
-        why = f"the target '{doc.target}' is not in this deployer's settings"
+        why = f"no deployer that runs has the target '{doc.target}' in its settings"
         return lambda newest: waiting_for(newest, ctx.now(), why, TROUBLE_S)
     if doc.phase == "deleting":
         return await leave(ctx, doc, target)
@@ -45,6 +45,11 @@ async def step(ctx: Context, doc: Deployment) -> Change[Deployment]:
             return _awaited(ctx, doc, exc.message)
     seen = Seen(doc.generation, observed, image, trouble, holds, until)
     return lambda newest: settled(newest, seen, ctx.now())
+
+
+def ours(ctx: Context, doc: Deployment) -> bool:
+    """Whether its target is one of ours; or nobody came to look for so long that somebody must say so."""
+    return doc.target in ctx.targets or (doc.due is not None and ctx.now() - doc.due > timedelta(seconds=LEFT_S))
 
 
 def needs_apply(doc: Deployment, observed: Observed, now: datetime) -> bool:
@@ -142,5 +147,5 @@ async def sweep(ctx: Context, doc: Sweep) -> Change[Sweep]:
     return lambda newest: (newest.evolve(due=ctx.now() + timedelta(seconds=SWEEP_S)), ())
 
 
-CONVERGE = Loop("converge", of=Deployment, step=step, parallel=16, max_backoff_s=10.0)
+CONVERGE = Loop("converge", of=Deployment, step=step, mine=ours, parallel=16, max_backoff_s=10.0)
 SWEEP = Loop("sweep", of=Sweep, step=sweep, parallel=1, every_s=5.0)

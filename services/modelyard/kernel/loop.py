@@ -77,7 +77,8 @@ class _Runner:
         after: tuple[str, str] | None = None
         while len(found) < self.loop.parallel:
             page = await self.ctx.store.find(self.loop.of, where, workspace=None, order="due", after=after, limit=PAGE)
-            found += [d for d in page if (d.workspace, d.id) not in self.running and lease_end(d) <= rfc3339(now)]
+            found += [d for d in page if (d.workspace, d.id) not in self.running and lease_end(d) <= rfc3339(now)
+                      and self.loop.mine(self.ctx, d)]
             if len(page) < PAGE:
                 break
             after = (rfc3339(page[-1].due or now), page[-1].id)

@@ -104,6 +104,8 @@ class Loop:
     of: type[Document]
     step: Callable[[Context, Any], Awaitable[Change[Any]]]
     where: Where = field(default_factory=dict)
+    mine: Callable[[Context, Any], bool] = lambda ctx, doc: True
+    """Whether this process may take a document that is due; what it leaves alone is another's."""
     parallel: int = 4
     lease_s: float = 15.0
     every_s: float = 0.5
