@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +38,35 @@ async def step(ctx: Context, doc: Image) -> Change[Image]:
 async def build(ctx: Context, doc: Image) -> Change[Image]:
     """Builds; a failure of the owner's making is an outcome, any other is raised and tried again."""
     log, began = BuildLog(log_file(ctx, doc)), time.monotonic()
+    async with log.shown(ctx, doc):
+        outcome = await _outcome(ctx, doc, log)
+    if isinstance(outcome, Result):
+        log.note(f"built {outcome.digest}, {outcome.size / 1e6:.1f} MB, in {time.monotonic() - began:.2f} s")
+    return await _over(ctx, doc, log, outcome)
+
+
+async def _outcome(ctx: Context, doc: Image, log: BuildLog) -> Result | str:
+    """What was built, or why it is not; raises what may go better another time."""
     scratch = Scratch(lambda: _folder(ctx, doc))
     try:
         await sources.hold_once(ctx, doc)
         doc = await ctx.change(Image, doc.id, lambda d: building(d, ctx.now()), workspace=doc.workspace)
-        result = await Build(ctx, doc, log, scratch).run()
+        return await Build(ctx, doc, log, scratch).run()
     except BuildFailed as exc:
-        return await _over(ctx, doc, log, exc.message)
+        return exc.message
     except (Unavailable, Denied) as exc:  # Denied: of a store of ours, to which somebody will let us in
         await log.line(f"interrupted: {exc.message}; trying again soon")
+        with suppress(ModelyardError):
+            await log.show(ctx, doc)
         raise
     except Exception as exc:  # a fault of ours: the loop logs and repeats it, but not for ever
         if doc.attempts < FAULTS:
             raise
         log_fault.exception("image %s is given up after %d attempts", doc.id, doc.attempts + 1)
         told = f": {exc.message}" if isinstance(exc, ModelyardError) else f" ({type(exc).__name__})"
-        return await _over(ctx, doc, log, f"the builder failed {doc.attempts + 1} times{told}; the server's log says "
-                                          "where")
+        return f"the builder failed {doc.attempts + 1} times{told}; the server's log says where"
     finally:
         await scratch.clear()
-    log.note(f"built {result.digest}, {result.size / 1e6:.1f} MB, in {time.monotonic() - began:.2f} s")
-    return await _over(ctx, doc, log, result)
 
 
 async def _over(ctx: Context, doc: Image, log: BuildLog, outcome: Result | str) -> Change[Image]:

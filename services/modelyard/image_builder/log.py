@@ -1,15 +1,16 @@
-"""The build log: a file while the build runs, a blob afterwards. Lines begin with the time."""
+"""The build log: a file where the build runs, and a blob for everybody else: as far as it is a moment ago while the
+build goes on, whole afterwards. Lines begin with the time."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..core.errors import NotFound
+from ..core.errors import ModelyardError, NotFound, Unavailable
 from ..core.layout import image_key
 from ..kernel.service import Context
 from .model import OVER, Image
@@ -18,20 +19,24 @@ CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]|\x1b\[[0-9;]*[A-Za-z]")
 CHUNK = 64 * 1024
 POLL_S = 0.15
+SHOW_S = 1.0
+HERE: set[Path] = set()
+"""The logs of builds that this process runs: their files are ahead of the blobs."""
 
 
 def log_file(ctx: Context, doc: Image) -> Path:
-    """Where the running build writes; any process with this data folder can read it."""
+    """Where a build that this process runs writes."""
     return ctx.data / "image-builder" / "logs" / doc.workspace / doc.name / f"{doc.version}.log"
 
 
 class BuildLog:
-    """Appends whole lines. A build that is repeated goes on in the same file, saying so."""
+    """Appends whole lines. A build that is repeated, here or by another process, goes on where the last one was."""
 
     def __init__(self, path: Path, echo: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._path = path
         self._now = echo
         self._waiting: list[str] = []
+        self._shown = 0
 
     async def line(self, text: str) -> None:
         """One line, or several; credentials in URLs are masked."""
@@ -58,6 +63,40 @@ class BuildLog:
         with file:
             file.write(text)
 
+    @asynccontextmanager
+    async def shown(self, ctx: Context, doc: Image) -> AsyncIterator[None]:
+        """Meanwhile those who follow it through another process see it too, ``SHOW_S`` later at most."""
+        await self._go_on(ctx, doc)
+        HERE.add(self._path)
+        task = asyncio.create_task(self._show_on(ctx, doc))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            HERE.discard(self._path)
+
+    async def _go_on(self, ctx: Context, doc: Image) -> None:
+        """Begins with what the last builder showed, so that whoever follows reads on."""
+        told = b""
+        with suppress(NotFound):
+            told = b"".join([chunk async for chunk in ctx.blobs.get(image_key(doc.workspace, doc.id, "log"))])
+        await asyncio.to_thread(_begin_with, self._path, told)
+        self._shown = len(told)
+
+    async def _show_on(self, ctx: Context, doc: Image) -> None:
+        while True:
+            await asyncio.sleep(SHOW_S)
+            with suppress(ModelyardError):  # later: the build does not wait for who reads along
+                await self.show(ctx, doc)
+
+    async def show(self, ctx: Context, doc: Image) -> None:
+        """What is written so far is there for everybody."""
+        data = await asyncio.to_thread(_whole, self._path)
+        if len(data) > self._shown:
+            await ctx.blobs.put(image_key(doc.workspace, doc.id, "log"), _once(data))
+            self._shown = len(data)
+
     async def keep(self, ctx: Context, doc: Image) -> None:
         """The build is over: the file becomes a blob. Whoever follows goes on there, at the same byte."""
         lines, self._waiting = self._waiting, []
@@ -73,6 +112,12 @@ class BuildLog:
 
 async def _once(data: bytes) -> AsyncIterator[bytes]:
     yield data
+
+
+def _begin_with(path: Path, told: bytes) -> None:
+    if not _whole(path).startswith(told):  # another process went on with it since
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(told)
 
 
 def _whole(path: Path) -> bytes:
@@ -99,12 +144,13 @@ async def read_log(ctx: Context, doc: Image, *, follow: bool,
     """
     path, at = log_file(ctx, doc), 0
     while doc.phase not in OVER:
-        while part := await asyncio.to_thread(_part, path, at):
+        here = path in HERE
+        async for part in _of_file(path, at) if here else _of_blob(ctx, doc, at):
             at += len(part)
             yield part
         if not follow:
             break
-        await asyncio.sleep(POLL_S)  # another process may be writing: there is nothing to be woken by
+        await asyncio.sleep(POLL_S if here else SHOW_S)  # another process writes: there is nothing to be woken by
         newest = await fresh()
         if newest is None:
             return
@@ -112,3 +158,16 @@ async def read_log(ctx: Context, doc: Image, *, follow: bool,
     with suppress(NotFound):
         async for chunk in ctx.blobs.get(image_key(doc.workspace, doc.id, "log"), at):
             yield chunk
+
+
+async def _of_file(path: Path, at: int) -> AsyncIterator[bytes]:
+    while part := await asyncio.to_thread(_part, path, at):
+        at += len(part)
+        yield part
+
+
+async def _of_blob(ctx: Context, doc: Image, at: int) -> AsyncIterator[bytes]:
+    """What another builder showed; where that fails the next look, or the whole log at the end, tells."""
+    with suppress(NotFound, Unavailable):
+        async for part in ctx.blobs.get(image_key(doc.workspace, doc.id, "log"), at):
+            yield part
