@@ -24,13 +24,13 @@ from tests.containers_servers import IMAGES
 
 pytestmark = pytest.mark.slow
 
-PART = {  # the suite, the adapter, and what of it is run: a promise that needs the server, one across processes
+PART = {  # the suite, the adapter, and what of it is run: nothing that a busy machine could be too slow for
     "store": ("mongo", ["test_a_stale_revision_is_a_conflict_and_changes_nothing", "test_one_of_many_creations_wins",
                         "test_a_cause_is_applied_once", "test_everything_is_there_after_opening_again",
-                        "test_a_commit_through_another_store_wakes_soon"]),
+                        "test_commits_from_several_stores_are_all_kept"]),
     "bus": ("kafka", ["test_order_holds_for_each_topic_and_key", "test_two_members_share_the_work",
                       "test_what_was_not_acknowledged_comes_again_in_order_after_reopening",
-                      "test_an_event_of_another_process_arrives_at_once", "test_read_walks_the_log_by_cursors"]),
+                      "test_a_killed_publisher_has_published_what_it_says", "test_read_walks_the_log_by_cursors"]),
     "blobs": ("azure", ["test_put_replaces_or_leaves_alone", "test_one_of_many_writers_makes_it",
                         "test_lists_are_sorted_as_text_and_resumable", "test_a_killed_writer_leaves_nothing"]),
     "images": ("registry", ["test_a_manifest_by_tag_and_by_digest", "test_remove_takes_what_nobody_else_needs",
