@@ -19,7 +19,7 @@ CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]|\x1b\[[0-9;]*[A-Za-z]")
 CHUNK = 64 * 1024
 POLL_S = 0.15
-SHOW_S = 1.0
+SHOW_S = 0.5
 HERE: set[Path] = set()
 """The logs of builds that this process runs: their files are ahead of the blobs."""
 
