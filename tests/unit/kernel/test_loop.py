@@ -406,3 +406,17 @@ async def test_an_outage_is_said_once(house: OpenHouse, caplog: pytest.LogCaptur
         async with working(h, step, ctx=replace(h.ctx, store=faults.around(h.store)), every_s=0.01):
             await until(lambda: is_done(h))
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
+
+
+async def test_what_is_another_processs_is_left_alone(house: OpenHouse) -> None:
+    """No lease is taken for it, and it does not fill the places of what is ours."""
+    async def step(ctx: Context, doc: Any) -> Change[Any]:
+        return ready
+
+    async with house() as h:
+        for n in range(6):
+            await h.store.commit(due(f"theirs-{n}", note="theirs"))
+        await h.store.commit(due("ours"))
+        async with working(h, step, parallel=2, mine=lambda ctx, doc: doc.note != "theirs"):
+            await until(lambda: is_done(h, id="ours"))
+        assert {(await get(h, f"theirs-{n}")).revision for n in range(6)} == {1}
