@@ -18,6 +18,9 @@ from .service import Context, Service
 from .web import Route, application, forward_to, mount
 
 GRACE_S = 20.0
+BACKLOG = 1024
+"""Connections that may wait until they are accepted. One more is not refused but dropped, and comes again after 1 s,
+3 s and 7 s: with 128, a moment in which the machine was busy became seconds."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Server:
         """Listens, and gives the port (of use when ``port`` is 0). Invalid names a port or host that cannot be had."""
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, host, port).start()
+            await web.TCPSite(self._runner, host, port, backlog=BACKLOG).start()
         except OSError as exc:
             await self.stop()
             raise _refused(host, port, exc) from exc

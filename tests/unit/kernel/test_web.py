@@ -1,8 +1,10 @@
 """The frame around every request: problems, ids, bodies, preconditions, streams, waiting, health, metrics."""
 
 import asyncio
+import contextlib
 import gzip
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -327,3 +329,20 @@ async def test_header_hygiene(here: Yard) -> None:
     _, headers, _ = await here.call("GET", "/v1/plants")
     assert headers["x-content-type-options"] == "nosniff" and headers["cache-control"] == "no-store"
     assert headers["server"] == "modelyard"
+
+
+ROOM = Path("/proc/sys/net/core/somaxconn")
+
+
+@pytest.mark.skipif(not ROOM.exists() or int(ROOM.read_text()) < 1024, reason="the system lets fewer wait")
+async def test_many_connections_wait_while_the_loop_is_busy(here: Yard) -> None:
+    """One that finds no room would be tried again a second later, and then after three."""
+    host, port = here.url.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(600)]
+        for one in sockets:  # nothing is accepted meanwhile: this is the server's loop
+            one.setblocking(False)
+            one.connect_ex((host, int(port)))
+        there = [one for one in sockets if one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\x01"]
+        assert len(there) == len(sockets)
+    assert (await here.call("GET", "/livez"))[0] == 200
