@@ -11,6 +11,7 @@ umask 077
 cat > .env.new <<END
 MODELYARD_TOKEN=$(word)
 MODELYARD_SERVICE_TOKEN=$(word)
+YARD_IMAGES_SECRET=$(word)
 YARD_DOCKER_GID=$group
 YARD_DOCKER_SOCKET=$socket
 END

@@ -91,9 +91,12 @@ def settle(stack: Stack, folder: Path, script: str) -> None:
     with file.open("a") as out:
         out.write(f"YARD_FOLDER={folder}\nYARD_KAFKA_HEAP=-Xmx512m -Xms128m\n")
         out.writelines(f"YARD_{name}_PORT={port}\n" for name, port in stack.ports.items())
+    image_builder = ""
     if authorities := os.environ.get("SSL_CERT_FILE"):  # whom this machine trusts: as a company's own index needs it
-        (stack.checkout / "docker-compose.override.yml").write_text(json.dumps({"services": {"image-builder": {
-            "environment": {"SSL_CERT_FILE": "/authorities.crt"}, "volumes": [f"{authorities}:/authorities.crt:ro"]}}}))
+        image_builder = (f'  image-builder: {{environment: {{SSL_CERT_FILE: /authorities.crt}}, '
+                         f'volumes: ["{authorities}:/authorities.crt:ro"]}}\n')
+    (stack.checkout / "docker-compose.override.yml").write_text(
+        f"services:\n  azurite: {{build: !reset null}}  # a stand-in is there\n{image_builder}")
 
 
 def ask(url: str, body: Any = None, token: str = "") -> tuple[int, bytes]:
@@ -106,31 +109,33 @@ def ask(url: str, body: Any = None, token: str = "") -> tuple[int, bytes]:
         return error.code, error.read()
 
 
+def call(rest: str) -> str:
+    """What comes of one call of a deployment: its status, ``refused``, or ``cut``: it was let in and not answered."""
+    try:
+        return str(ask(f"{rest}/score", {"data": [[1, 2, 3]]})[0])
+    except urllib.error.URLError as error:
+        return "refused" if isinstance(error.reason, ConnectionRefusedError) else "cut"
+    except (OSError, http.client.HTTPException):
+        return "cut"
+
+
 class Caller:
     """Calls a deployment again and again, and counts what came of it; ``away``: for how long it did not answer."""
 
     def __init__(self, rest: str) -> None:
-        self.url, self.told, self.away = f"{rest}/score", Counter[str](), 0.0
+        self.rest, self.told, self.away = rest, Counter[str](), 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
         gone = 0.0
         while not self._stop.wait(0.02):
-            told = self._call()
+            told = call(self.rest)
             self.told[told] += 1
             if told != "200":
                 gone = gone or time.monotonic()
             elif gone and not self.away:
                 self.away = time.monotonic() - gone
-
-    def _call(self) -> str:
-        try:
-            return str(ask(self.url, {"data": [[1, 2, 3]]})[0])
-        except urllib.error.URLError as error:
-            return "refused" if isinstance(error.reason, ConnectionRefusedError) else "cut"
-        except (ConnectionError, http.client.HTTPException):
-            return "cut"
 
     def __enter__(self) -> Caller:
         self._thread.start()

@@ -25,7 +25,7 @@ from infra.stack.server import free_port
 from modelyard.wire import inference_pb2 as pb
 from modelyard.wire.inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.backends import need, required
-from tests.e2e.composed import Caller, Stack, ask, checkout, settle
+from tests.e2e.composed import Caller, Stack, ask, call, checkout, settle
 from tests.e2e.test_journey import RETRY
 from tests.e2e.test_readme import blocks, commands
 from tests.e2e.yard import until
@@ -37,7 +37,7 @@ SERVERS = {"kafka", "mongo", "azurite", "images", "prometheus"}
 BASE = "python:3.11-slim"
 IMAGES = ("apache/kafka:4.1.1", "mongo:6.0", "modelyard-azurite:3.37.0", "registry:2", "prom/prometheus:v3.5.0", BASE)
 CALLS = 10
-UP = ("up", "--detach", "--wait", "--wait-timeout", "240")
+UP = commands(blocks("compose"))[1].removeprefix("docker compose ").split()
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +67,8 @@ def stack(engine: Docker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     try:
         settle(stack, folder, commands(blocks("compose"))[0])
         began = time.monotonic()
-        stack.compose("build", "folders")
-        built = time.monotonic()
         stack.compose(*UP)
-        print(f"\nimage built in {built - began:.0f} s, up in {time.monotonic() - built:.0f} s")
+        print(f"\nbuilt and up in {time.monotonic() - began:.0f} s")
         yield stack
     finally:
         stack.compose("down", "--volumes", "--timeout", "60", check=False)
@@ -159,6 +157,19 @@ def test_a_deployer_brings_its_deployments_back(stack: Stack, way: str) -> None:
         until(lambda: rows().num_rows >= known + caller.told["200"], 60, 0.5, "every answered call is captured")
     verify = json.loads(ask(f"{stack.url}/v1/capture/adder/verify", token=stack.token)[1])
     assert "gaps" not in [process["state"] for process in verify["processes"]]
+
+
+def test_an_engine_that_starts_again_brings_all_of_it_back(stack: Stack) -> None:
+    """As after a restart of the machine: nobody does anything."""
+    with stack.client() as yard:
+        rest = yard.deployments.get("adder").document["endpoints"]["rest"]
+        stack.server.stop()
+        began = time.monotonic()
+        stack.server.start()
+        until(lambda: call(rest) == "200", 120, 0.2, "the deployment answers on its address")
+        print(f"\nengine restarted: the deployment answers {time.monotonic() - began:.0f} s later")
+        until(lambda: set(stack.running()) >= OURS | SERVERS, 60)
+        until(lambda: yard.deployments.get("adder").document["phase"] == "healthy", 60)
 
 
 def test_down_leaves_nothing_running_and_up_goes_on(stack: Stack) -> None:
