@@ -53,7 +53,7 @@ bench: $(VENV)/.test         ## the benchmarks; prints figures, judges nothing
 	@for b in tests/benchmarks/*.py; do echo "== $$b"; $(PY) $$b || exit 1; done
 
 lint: $(VENV)/.test          ## ruff, mypy, the floors, generated code is up to date
-	@$(VENV)/bin/ruff check services tests demo
+	@$(VENV)/bin/ruff check services tests demo infra
 	@$(VENV)/bin/mypy services/modelyard
 	@$(VENV)/bin/lint-imports --no-cache
 	@sh infra/generated.sh check
