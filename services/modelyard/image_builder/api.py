@@ -105,7 +105,12 @@ async def context(ctx: Context, call: Call) -> web.StreamResponse:
 
 async def sbom(ctx: Context, call: Call) -> web.StreamResponse:
     doc = await images.find(ctx, call.params["ref"], call.workspace)
-    return await call.stream(contexts.bill(ctx, doc), "application/vnd.cyclonedx+json")
+    return await call.stream(contexts.kept(ctx, doc, "sbom"), "application/vnd.cyclonedx+json")
+
+
+async def lock(ctx: Context, call: Call) -> web.StreamResponse:
+    doc = await images.find(ctx, call.params["ref"], call.workspace)
+    return await call.stream(contexts.kept(ctx, doc, "lock"), "text/plain")
 
 
 async def hold(ctx: Context, call: Call) -> web.StreamResponse:
@@ -132,6 +137,7 @@ ROUTES = (
     Route("GET", ONE + "/log", log, "The build log", query={"follow": "true: go on until the build is over."}),
     Route("GET", ONE + "/context", context, "The build context as a tar"),
     Route("GET", ONE + "/sbom", sbom, "The bill of materials (CycloneDX 1.6 JSON)"),
+    Route("GET", ONE + "/lock", lock, "The lock: every package with its version and hashes, as pip reads it"),
     Route("PUT", HOLD, hold, "A service needs this image", answer=ImageView),
     Route("DELETE", HOLD, release, "A service needs this image no longer"),
 )

@@ -29,7 +29,7 @@ from .log import BuildLog
 from .memo import Memo, key
 from .model import Image
 from .pull import Pull
-from .sbom import sbom
+from .sbom import Contents, sbom
 from .tarring import Layer
 
 RESOLVED_S = 24 * 3600
@@ -254,7 +254,8 @@ class Build:
             digest = await images.put_manifest(doc.repo, doc.tag, body, MANIFEST)
         except Invalid as exc:
             raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
-        bill = sbom(doc, digest, self.packages, self.base)
+        holds = Contents(self.packages, parts.code_layer().layer, digest_of(lock.text.encode()), self.base)
+        bill = sbom(doc, digest, holds)
         await self.ctx.blobs.put(image_key(doc.workspace, doc.id, "sbom"), store.Chunks(bill))
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
         return Result(digest, size, digest_of(lock.text.encode()), doc.python_version)

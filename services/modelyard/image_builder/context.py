@@ -81,9 +81,10 @@ async def _open_end(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             held = held[-len(END):]
 
 
-async def bill(ctx: Context, doc: Image) -> AsyncIterator[bytes]:
-    """The bill of materials. NotFound before the image is ready."""
+async def kept(ctx: Context, doc: Image, what: str) -> AsyncIterator[bytes]:
+    """What a build leaves beside the image: ``lock``, ``sbom``, ``provenance``. NotFound before the image is ready, and
+    for an image of an older version that had none."""
     if doc.phase != "ready":
-        raise NotFound(f"{doc.id} is {doc.phase}; its bill of materials is there once it is ready")
-    async for chunk in ctx.blobs.get(image_key(doc.workspace, doc.id, "sbom")):
+        raise NotFound(f"{doc.id} is {doc.phase}; its {what} is there once it is ready")
+    async for chunk in ctx.blobs.get(image_key(doc.workspace, doc.id, what)):
         yield chunk

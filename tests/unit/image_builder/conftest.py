@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -170,6 +171,14 @@ async def running(data: Path) -> AsyncIterator[Yard]:
         for h in hosted:
             await h.context.store.close()
         await bus.close()
+
+
+def check_bill(bill: Any) -> Any:
+    """What the CycloneDX 1.6 schema has against a bill of materials; None: nothing."""
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    return JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill))
 
 
 @pytest.fixture

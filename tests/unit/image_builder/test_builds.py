@@ -233,15 +233,6 @@ async def test_the_context_is_one_tar_that_says_how(yard: Yard) -> None:
     assert (await yard.call("GET", f"/v1/images/{bad['id']}/context")).status == 409
 
 
-async def test_the_bill_of_materials(yard: Yard) -> None:
-    await yard.register("iris", b"weights")
-    doc = await yard.small(models=["iris"])
-    bill = json.loads((await yard.call("GET", "/v1/images/tiny:1/sbom")).raw)
-    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
-    assert bill["metadata"]["component"]["hashes"][0]["content"] == doc["digest"].removeprefix("sha256:")
-    assert [c["type"] for c in bill["components"]] == ["machine-learning-model"]
-
-
 async def test_a_builder_that_died_is_followed_by_another(tmp_path: Path) -> None:
     """The document of a build that a dead process left, its lease lapsed: the next process finishes it, alike."""
     async with running(tmp_path / "data") as yard:
