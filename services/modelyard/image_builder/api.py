@@ -18,6 +18,7 @@ from ..kernel.service import Context
 from ..kernel.web import Call, Route, reply, web
 from . import context as contexts
 from . import images
+from .keys import signer
 from .log import read_log
 from .model import OVER, Image
 
@@ -42,6 +43,14 @@ class ImageView(ImageSpec):
     digest: str | None = None
     size: int | None = None
     lock_digest: str | None = None
+
+
+class Key(BaseModel):
+    """The public half of the key that signs this yard's images. ``id``: the SHA-256 of its DER form."""
+
+    id: str
+    algorithm: str
+    pem: str
 
 
 class Page(BaseModel):
@@ -113,6 +122,22 @@ async def lock(ctx: Context, call: Call) -> web.StreamResponse:
     return await call.stream(contexts.kept(ctx, doc, "lock"), "text/plain")
 
 
+async def provenance(ctx: Context, call: Call) -> web.StreamResponse:
+    doc = await images.find(ctx, call.params["ref"], call.workspace)
+    return await call.stream(contexts.kept(ctx, doc, "provenance"), "application/vnd.dsse.envelope.v1+json")
+
+
+async def manifest(ctx: Context, call: Call) -> web.StreamResponse:
+    doc = await images.find(ctx, call.params["ref"], call.workspace)
+    found = await contexts.manifest(ctx, doc)
+    return web.Response(body=found[0], content_type=found[1], headers={"Docker-Content-Digest": str(doc.digest)})
+
+
+async def signing_key(ctx: Context, call: Call) -> web.StreamResponse:
+    key = (await signer(ctx.data)).public
+    return reply(Key(id=key.id, algorithm="ed25519", pem=key.pem))
+
+
 async def hold(ctx: Context, call: Call) -> web.StreamResponse:
     given = call.params
     return reply(await images.hold(ctx, given["ref"], given["kind"], given["holder"], call.workspace))
@@ -138,6 +163,9 @@ ROUTES = (
     Route("GET", ONE + "/context", context, "The build context as a tar"),
     Route("GET", ONE + "/sbom", sbom, "The bill of materials (CycloneDX 1.6 JSON)"),
     Route("GET", ONE + "/lock", lock, "The lock: every package with its version and hashes, as pip reads it"),
+    Route("GET", ONE + "/manifest", manifest, "The OCI manifest, byte for byte: its SHA-256 is the image's digest"),
+    Route("GET", ONE + "/provenance", provenance, "Where it comes from (SLSA v1 in a signed DSSE envelope)"),
+    Route("GET", "/v1/signing-key", signing_key, "The public key that this yard's images are signed with", answer=Key),
     Route("PUT", HOLD, hold, "A service needs this image", answer=ImageView),
     Route("DELETE", HOLD, release, "A service needs this image no longer"),
 )

@@ -22,12 +22,14 @@ from ..kernel.service import Context
 from . import parts, sources, store, uv
 from .bases import Base
 from .checks import requirement
-from .config import MANIFEST, about, digest_of, manifest, oci_config
+from .config import MANIFEST, about, digest_of, encode, manifest, oci_config
 from .environment import Environments, told
+from .keys import signer
 from .locks import EMPTY, Lock, read_lock
 from .log import BuildLog
 from .memo import Memo, key
 from .model import Image
+from .provenance import Origin, statement
 from .pull import Pull
 from .sbom import Contents, sbom
 from .tarring import Layer
@@ -72,6 +74,7 @@ class Build:
 
     def __init__(self, ctx: Context, doc: Image, log: BuildLog, scratch: Scratch) -> None:
         self.ctx, self.doc, self.log, self.scratch = ctx, doc, log, scratch
+        self.began = ctx.now()
         self.cache = Cache()
         self.memo = Memo(ctx.data / "image-builder" / "memo", self.cache)
         self.places = [parts.Place.of(m, doc.score is not None) for m in doc.inputs]
@@ -254,11 +257,19 @@ class Build:
             digest = await images.put_manifest(doc.repo, doc.tag, body, MANIFEST)
         except Invalid as exc:
             raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
-        holds = Contents(self.packages, parts.code_layer().layer, digest_of(lock.text.encode()), self.base)
-        bill = sbom(doc, digest, holds)
-        await self.ctx.blobs.put(image_key(doc.workspace, doc.id, "sbom"), store.Chunks(bill))
+        lock_digest = digest_of(lock.text.encode())
+        await self.told(digest, Contents(self.packages, parts.code_layer().layer, lock_digest, self.base))
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
-        return Result(digest, size, digest_of(lock.text.encode()), doc.python_version)
+        return Result(digest, size, lock_digest, doc.python_version)
+
+    async def told(self, digest: str, holds: Contents) -> None:
+        """What the image is made of and who made it, kept beside it."""
+        doc, now = self.doc, self.ctx.now()
+        key = await signer(self.ctx.data)
+        bill = sbom(doc, digest, holds)
+        signed = encode(key.sign(statement(doc, Origin(digest, holds, bill, self.began, now))))
+        for name, text in (("sbom", bill), ("provenance", signed)):
+            await self.ctx.blobs.put(image_key(doc.workspace, doc.id, name), store.Chunks(text))
 
 
 @functools.cache

@@ -22,9 +22,7 @@ from .wheels import site_packages
 
 async def context(ctx: Context, doc: Image) -> AsyncIterator[bytes]:
     """Streams it. Conflict (``not-ready``) before the image is ready."""
-    found = await ctx.images.get_manifest(doc.repo, doc.tag) if doc.phase == "ready" else None
-    if found is None:
-        raise Conflict(f"{doc.id} is {doc.phase}; its build context is there once it is ready", code="not-ready")
+    found = await manifest(ctx, doc)
     lock = b"".join([chunk async for chunk in ctx.blobs.get(image_key(doc.workspace, doc.id, "lock"))])
     texts = [Entry("Containerfile", containerfile(doc, bool(read_lock(lock.decode())[0].pins)).encode()),
              Entry("requirements.lock", lock)]
@@ -35,6 +33,14 @@ async def context(ctx: Context, doc: Image) -> AsyncIterator[bytes]:
             async for piece in _open_end(_plain(ctx, doc, layer)):
                 yield piece
     yield END
+
+
+async def manifest(ctx: Context, doc: Image) -> tuple[bytes, str]:
+    """The manifest and its media type. Conflict (``not-ready``) before the image is ready."""
+    found = await ctx.images.get_manifest(doc.repo, doc.tag) if doc.phase == "ready" else None
+    if found is None:
+        raise Conflict(f"{doc.id} is {doc.phase}; it can be had once it is ready", code="not-ready")
+    return found
 
 
 def containerfile(doc: Image, packages: bool) -> str:
