@@ -18,6 +18,7 @@ from typing import Any
 
 from .errors import Invalid
 
+ENVELOPE = "application/vnd.dsse.envelope.v1+json"
 PAYLOAD = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
 PROVENANCE = "https://slsa.dev/provenance/v1"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
+from ..core.attest import ENVELOPE
 from ..core.documents import Ref
 from ..core.specs import ImageSpec, Spec, TextMap
 from ..kernel.service import Context
@@ -124,7 +125,7 @@ async def lock(ctx: Context, call: Call) -> web.StreamResponse:
 
 async def provenance(ctx: Context, call: Call) -> web.StreamResponse:
     doc = await images.find(ctx, call.params["ref"], call.workspace)
-    return await call.stream(contexts.kept(ctx, doc, "provenance"), "application/vnd.dsse.envelope.v1+json")
+    return await call.stream(contexts.kept(ctx, doc, "provenance"), ENVELOPE)
 
 
 async def manifest(ctx: Context, call: Call) -> web.StreamResponse:

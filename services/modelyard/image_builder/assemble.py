@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ..core.attest import ENVELOPE, PROVENANCE
 from ..core.errors import BuildFailed, Invalid, NotFound, Unavailable
 from ..core.layout import image_key
 from ..kernel.cache import Cache
 from ..kernel.service import Context
-from . import parts, sources, store, uv
+from . import parts, referrers, sources, store, uv
 from .bases import Base
 from .checks import requirement
 from .config import MANIFEST, about, digest_of, encode, manifest, oci_config
@@ -31,6 +32,8 @@ from .memo import Memo, key
 from .model import Image
 from .provenance import Origin, statement
 from .pull import Pull
+from .referrers import Attached
+from .sbom import MEDIA_TYPE as BILL
 from .sbom import Contents, sbom
 from .tarring import Layer
 
@@ -258,18 +261,20 @@ class Build:
         except Invalid as exc:
             raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
         lock_digest = digest_of(lock.text.encode())
-        await self.told(digest, Contents(self.packages, parts.code_layer().layer, lock_digest, self.base))
+        await self.told(body, Contents(self.packages, parts.code_layer().layer, lock_digest, self.base))
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
         return Result(digest, size, lock_digest, doc.python_version)
 
-    async def told(self, digest: str, holds: Contents) -> None:
-        """What the image is made of and who made it, kept beside it."""
-        doc, now = self.doc, self.ctx.now()
+    async def told(self, body: bytes, holds: Contents) -> None:
+        """What the image is made of and who made it: kept here, and attached to it in the store."""
+        doc, digest = self.doc, digest_of(body)
         key = await signer(self.ctx.data)
         bill = sbom(doc, digest, holds)
-        signed = encode(key.sign(statement(doc, Origin(digest, holds, bill, self.began, now))))
+        signed = encode(key.sign(statement(doc, Origin(digest, holds, bill, self.began, self.ctx.now()))))
         for name, text in (("sbom", bill), ("provenance", signed)):
             await self.ctx.blobs.put(image_key(doc.workspace, doc.id, name), store.Chunks(text))
+        await referrers.attach(self.ctx.images, doc, body, [
+            Attached("sbom", BILL, bill), Attached("provenance", ENVELOPE, signed, {"predicateType": PROVENANCE})])
 
 
 @functools.cache

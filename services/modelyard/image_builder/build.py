@@ -14,7 +14,7 @@ from typing import Any
 from ..core.errors import BuildFailed, Denied, ModelyardError, Unavailable
 from ..core.layout import image_prefix
 from ..kernel.service import Change, Context, Loop
-from . import sources
+from . import referrers, sources
 from .assemble import Build, Result, Scratch
 from .log import BuildLog, log_file
 from .model import Image, building, built, failed, removed
@@ -88,6 +88,7 @@ async def _unless_deleted(ctx: Context, doc: Image, work: Coroutine[Any, Any, Ch
 async def take_apart(ctx: Context, doc: Image) -> None:
     """Lets go of the models, then removes what was built. Repeating is fine."""
     await sources.let_go(ctx, doc)
+    await referrers.detach(ctx.images, doc)
     await ctx.images.remove(doc.repo, doc.tag)
     async for blob in ctx.blobs.list(image_prefix(doc.workspace, doc.id)):
         await ctx.blobs.delete(blob.key)

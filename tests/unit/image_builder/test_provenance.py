@@ -80,6 +80,31 @@ async def test_the_manifest_is_answered_byte_for_byte(yard: Yard) -> None:
     assert (await yard.call("GET", f"/v1/images/{bad['id']}/provenance")).status == 404
 
 
+async def test_both_documents_are_attached_to_the_image_and_go_with_it(yard: Yard) -> None:
+    doc = await yard.small()
+    tag, images = doc["digest"].replace(":", "-"), yard.images.images
+    listed = json.loads((await images.get_manifest("tiny", tag))[0])["manifests"]
+    found = {}
+    for entry in listed:
+        artifact = json.loads((await images.get_manifest("tiny", entry["digest"]))[0])
+        assert artifact["subject"]["digest"] == doc["digest"]
+        layer = artifact["layers"][0]["digest"]
+        found[entry["artifactType"]] = b"".join([chunk async for chunk in images.get_blob("tiny", layer)])
+    assert found == {kind: (await yard.call("GET", f"/v1/images/tiny:1/{what}")).raw for kind, what in (
+        ("application/vnd.cyclonedx+json", "sbom"), ("application/vnd.dsse.envelope.v1+json", "provenance"))}
+    again = await yard.small()
+    assert again["digest"] == doc["digest"]
+    await yard.call("DELETE", "/v1/images/tiny:1")
+    await yard.gone("tiny:1")
+    assert {e["annotations"]["io.modelyard.image"] for e in json.loads(
+        (await images.get_manifest("tiny", tag))[0])["manifests"]} == {"tiny:2"}
+    await yard.call("DELETE", "/v1/images/tiny:2")
+    await yard.gone("tiny:2")
+    assert await images.get_manifest("tiny", tag) is None
+    folder = yard.images.data / "images" / "blobs" / "sha256"
+    assert await asyncio.to_thread(lambda: list(folder.iterdir())) == []
+
+
 async def test_another_key_does_not_change_the_image(tmp_path: Path) -> None:
     """The key is made once, for its owner's eyes only; a yard that is given another one builds the same image."""
     seen = []
