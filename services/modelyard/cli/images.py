@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .guard import fail
 from .options import (
     Base,
     Description,
@@ -129,6 +130,34 @@ def export(
     """Writes the build context (all that the image was made from) as a tar; prints where."""
     with connect() as yard:
         print(yard.images.export(image, to or Path(f"{image.replace(':', '-')}.tar")))
+
+
+@command(app, "key", "modelyard images key > yard.pub")
+def key(output: Output = Format.table) -> None:
+    """The public key that this yard signs its images with: keep it where you verify them."""
+    with connect() as yard:
+        found = yard.images.key()
+    print(found["pem"], end="") if output is Format.table else document(found, output)
+
+
+@command(app, "verify", "modelyard images verify iris-scorer:7 --key yard.pub")
+def verify(
+    image: ImageRef,
+    key: Annotated[Path | None, typer.Option(
+        exists=True, dir_okay=False, help="Public keys to trust; absent, the yard's own is asked for.")] = None,
+    output: Output = Format.table,
+) -> None:
+    """Checks an image against its signed provenance, line by line; exit 1 if anything is wrong."""
+    with connect() as yard:
+        found = yard.images.verify(image, key)
+    if output is not Format.table:
+        document(found.document, output)
+    else:
+        for finding in found.findings:
+            print(f"{'ok' if finding.ok else 'WRONG':<5}  {finding.what:<9}  {finding.message}")
+    if not found.ok:
+        wrong = sum(not finding.ok for finding in found.findings)
+        fail(f"{found.image} is not what it says: {wrong} of {len(found.findings)} findings are wrong")
 
 
 @command(app, "delete", "modelyard images delete iris-scorer:7")

@@ -13,6 +13,7 @@ from .fields import ImageFields, Reference, reference
 from .http import Http, Params, path
 from .models import absent_dropped, pages, pairs
 from .uploads import OnProgress, Progress, upload
+from .verify import Verification, verify
 from .waiting import reason_of, settle
 
 OVER = frozenset({"ready", "failed", "cancelled"})
@@ -141,6 +142,19 @@ class AsyncImages:
     async def export(self, image: Reference, to: str | Path) -> Path:
         """Writes the build context (everything the image was made from) as a tar to the file ``to``."""
         return await save(self._http, path("images", reference(image), "context"), Path(to))
+
+    async def verify(self, image: Reference, key: str | Path | None = None) -> Verification:
+        """Checks the image against its signed provenance: manifest, signature, subject, models, lock, base and bill of
+        materials. ``key`` is a file of public keys (or their PEM text) to trust; absent, the yard's own is asked for.
+
+        >>> yard.images.verify("iris-scorer:1", key="yard.pub").ok
+        True
+        """
+        return await verify(self._http, reference(image), key)
+
+    async def key(self) -> dict[str, Any]:
+        """The public key that the yard signs its images with: ``id``, ``algorithm``, ``pem``."""
+        return dict(await self._http.json("GET", path("signing-key")))
 
     async def settled(self, image: Reference, timeout_s: float, on_progress: OnProgress | None) -> dict[str, Any]:
         """The document of an image whose build is over and went well. Raises BuildFailed."""

@@ -70,6 +70,8 @@ class Images(Face[AsyncImages]):
     delete = blocks(AsyncImages.delete)
     log = yields(AsyncImages.log)
     export = blocks(AsyncImages.export)
+    verify = blocks(AsyncImages.verify)
+    key = blocks(AsyncImages.key)
 
 
 class Deployment(DeploymentFields, Face[AsyncDeployment]):

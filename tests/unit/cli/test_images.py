@@ -1,0 +1,53 @@
+"""Images on the command line: whose word they are, and ways out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.yard import Yard
+
+from .test_commands import fails
+
+pytestmark = pytest.mark.slow  # a real yard
+
+
+@pytest.fixture(scope="session")
+def signed(live: Yard, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An image without wheels."""
+    folder = tmp_path_factory.mktemp("signed")
+    (folder / "score.py").write_text("def run(data):\n    return data\n")
+    (folder / "lock.txt").write_text("")
+    built = live.cli("images", "build", "signed", "--score", str(folder / "score.py"), "--lock",
+                     str(folder / "lock.txt"), "-o", "json")
+    return str(json.loads(built.stdout)["id"])
+
+
+def test_the_key_and_what_it_verifies(live: Yard, signed: str, tmp_path: Path) -> None:
+    pem = live.cli("images", "key").stdout
+    assert pem.startswith("-----BEGIN PUBLIC KEY-----\n") and pem.endswith("-----END PUBLIC KEY-----\n")
+    known = json.loads(live.cli("images", "key", "-o", "json").stdout)
+    assert known["pem"] == pem and known["algorithm"] == "ed25519"
+    (tmp_path / "yard.pub").write_text(pem)
+    lines = live.cli("images", "verify", signed, "--key", str(tmp_path / "yard.pub")).stdout.splitlines()
+    assert len(lines) == 6 and all(line.startswith("ok ") for line in lines), lines
+    found = yaml.safe_load(live.cli("images", "verify", "signed", "-o", "yaml").stdout)
+    assert found["verified"] is True and found["key"] == known["id"] and found["image"] == signed
+
+
+def test_what_does_not_verify_ends_with_1(live: Yard, signed: str, tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from modelyard.core.attest import told
+
+    (tmp_path / "other.pub").write_text(told(Ed25519PrivateKey.generate().public_key()).pem)
+    done = live.cli("images", "verify", signed, "--key", str(tmp_path / "other.pub"), check=False)
+    assert done.returncode == 1 and "WRONG  signature  the provenance is not signed by" in done.stdout
+    assert done.stderr == f"error: {signed} is not what it says: 1 of 2 findings are wrong\n"
+    (tmp_path / "none").write_text("x")
+    assert "holds no public key" in fails(live, "images", "verify", signed, "--key", str(tmp_path / "none"))
+    fails(live, "images", "verify", signed, "--key", str(tmp_path / "absent"), code=2)
+    assert "there is no image" in fails(live, "images", "verify", "nothing:1")
