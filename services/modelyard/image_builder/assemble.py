@@ -23,7 +23,7 @@ from ..kernel.service import Context
 from . import parts, referrers, sources, store, uv
 from .bases import Base
 from .checks import requirement
-from .config import MANIFEST, about, digest_of, encode, manifest, oci_config
+from .config import MANIFEST, about, digest_of, encode, labels, manifest, oci_config
 from .environment import Environments, told
 from .keys import signer
 from .locks import EMPTY, Lock, read_lock
@@ -253,14 +253,14 @@ class Build:
     async def publish(self, lock: Lock) -> Result:
         """Config, manifest, bill of materials."""
         doc, images = self.doc, self.ctx.images
-        config = oci_config(doc.platform, doc.env, self.layers, self.base)
+        lock_digest = digest_of(lock.text.encode())
+        config = oci_config(doc.platform, doc.env, self.layers, self.base, labels(doc, lock_digest, self.base))
         body = manifest(config, self.layers, self.base)
         await images.put_blob(doc.repo, digest_of(config), store.Chunks(config))
         try:
             digest = await images.put_manifest(doc.repo, doc.tag, body, MANIFEST)
         except Invalid as exc:
             raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
-        lock_digest = digest_of(lock.text.encode())
         await self.told(body, Contents(self.packages, parts.code_layer().layer, lock_digest, self.base))
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
         return Result(digest, size, lock_digest, doc.python_version)

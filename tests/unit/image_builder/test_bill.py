@@ -44,6 +44,22 @@ async def test_it_names_models_server_score_and_image(yard: Yard) -> None:
     assert bill["dependencies"][0]["dependsOn"] == sorted(c["bom-ref"] for c in bill["components"])
 
 
+async def test_an_image_explains_itself_by_its_labels(yard: Yard) -> None:
+    await yard.register("iris", b"weights", framework="pytorch", framework_version="2.1")
+    doc = await yard.small(models=["iris"])
+    store = yard.images.images
+    manifest = json.loads((await store.get_manifest("tiny", "1"))[0])
+    config = json.loads(b"".join([c async for c in store.get_blob("tiny", manifest["config"]["digest"])]))["config"]
+    said = config["Labels"]
+    model = (await yard.call("GET", "/v1/models/iris:1")).json
+    assert json.loads(said["io.modelyard.models"]) == [
+        {"artifact": model["artifact"], "framework": "pytorch", "framework_version": "2.1", "id": "iris:1"}]
+    assert (said["io.modelyard.lock"], said["io.modelyard.score"]) == (doc["lock_digest"], doc["score"])
+    assert said["io.modelyard.python"] == doc["python"] and "iris:1" in said["org.opencontainers.image.description"]
+    assert said["org.opencontainers.image.title"] == "iris:1" and "sha256-" in said["io.modelyard.sbom"]
+    assert not any(name.startswith("org.opencontainers.image.base") for name in said)
+
+
 async def test_the_check_itself_can_fail(yard: Yard) -> None:
     bill = await bill_of(yard, (await yard.small())["id"])
     for spoil in ("bomFormat", "components"):
