@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .guard import fail
+from .guard import fail, usage
 from .options import (
     Base,
     Description,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..client import Client, Image
 
 app = group("Build images from models, look into them, delete them.")
+Form = Literal["context", "oci", "docker"]
 COLUMNS: list[Column] = ["id", "phase", "models", "tags", "created"]
 
 
@@ -123,13 +124,25 @@ def log(
             print(line, flush=follow)
 
 
-@command(app, "export", "modelyard images export iris-scorer:7 --to context.tar")
+@command(app, "export", """
+modelyard images export iris-scorer:7 --docker iris.tar && docker load --input iris.tar
+modelyard images export iris-scorer:7 --oci iris.tar
+modelyard images export iris-scorer:7 --to context.tar""")
 def export(
-    image: ImageRef, to: Annotated[Path | None, typer.Option(dir_okay=False, help="The tar to write.")] = None,
+    image: ImageRef,
+    to: Annotated[Path | None, typer.Option(dir_okay=False, help="Build context, with a Dockerfile: where.")] = None,
+    oci: Annotated[Path | None, typer.Option(dir_okay=False, help="OCI layout in a tar: where.")] = None,
+    docker: Annotated[Path | None, typer.Option(dir_okay=False, help="Tar for docker load: where.")] = None,
 ) -> None:
-    """Writes the build context (all that the image was made from) as a tar; prints where."""
-    with connect() as yard:
-        print(yard.images.export(image, to or Path(f"{image.replace(':', '-')}.tar")))
+    """Writes an image, or all that it was made from, as a tar; prints where."""
+    given: dict[Form, Path | None] = {"context": to, "oci": oci, "docker": docker}
+    wanted = [(form, path) for form, path in given.items() if path is not None]
+    if len(wanted) > 1:
+        usage("give one of --to, --oci and --docker")
+    form, place = wanted[0] if wanted else ("context", Path(f"{image.replace(':', '-')}.tar"))
+    with connect() as yard, Steps() as steps:
+        steps.start(f"exporting {image}")
+        print(yard.images.export(image, place, form=form, on_progress=steps))
 
 
 @command(app, "key", "modelyard images key > yard.pub")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core.errors import BuildFailed, Invalid
 from .downloads import save
@@ -139,9 +139,22 @@ class AsyncImages:
             async for line in lines:
                 yield line.decode(errors="replace")
 
-    async def export(self, image: Reference, to: str | Path) -> Path:
-        """Writes the build context (everything the image was made from) as a tar to the file ``to``."""
-        return await save(self._http, path("images", reference(image), "context"), Path(to))
+    async def export(
+        self, image: Reference, to: str | Path, *, form: Literal["context", "oci", "docker"] = "context",
+        on_progress: OnProgress | None = None,
+    ) -> Path:
+        """Writes a tar to the file ``to``: the build context (a Dockerfile and everything the image was made from), the
+        image as an OCI layout, or as ``docker load`` reads it. Whole or not at all.
+
+        >>> yard.images.export("iris-scorer:1", "iris.tar", form="oci")
+        PosixPath('iris.tar')
+        """
+        if form == "context":
+            return await save(self._http, path("images", reference(image), "context"), Path(to),
+                              on_progress=on_progress)
+        known = await self.get(image)  # one version, and how much of it will come
+        return await save(self._http, path("images", known.id, "archive"), Path(to), params={"format": form},
+                          size=int(known.document.get("size") or 0), on_progress=on_progress)
 
     async def verify(self, image: Reference, key: str | Path | None = None) -> Verification:
         """Checks the image against its signed provenance: manifest, signature, subject, models, lock, base and bill of

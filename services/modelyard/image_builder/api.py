@@ -18,7 +18,7 @@ from ..core.specs import ImageSpec, Spec, TextMap
 from ..kernel.service import Context
 from ..kernel.web import Call, Route, reply, web
 from . import context as contexts
-from . import images
+from . import export, images
 from .keys import signer
 from .log import read_log
 from .model import OVER, Image
@@ -113,6 +113,13 @@ async def context(ctx: Context, call: Call) -> web.StreamResponse:
     return await call.stream(contexts.context(ctx, doc), "application/x-tar", {"Content-Disposition": name})
 
 
+async def archive(ctx: Context, call: Call) -> web.StreamResponse:
+    doc, form = await images.find(ctx, call.params["ref"], call.workspace), call.query.get("format", "oci")
+    found = export.archive(ctx.images, doc, await contexts.manifest(ctx, doc), form)
+    name = f'attachment; filename="{doc.name}-{doc.version}-{form}.tar"'
+    return await call.stream(found.chunks(), "application/x-tar", {"Content-Disposition": name}, length=found.size)
+
+
 async def sbom(ctx: Context, call: Call) -> web.StreamResponse:
     doc = await images.find(ctx, call.params["ref"], call.workspace)
     return await call.stream(contexts.kept(ctx, doc, "sbom"), "application/vnd.cyclonedx+json")
@@ -162,6 +169,8 @@ ROUTES = (
     Route("DELETE", ONE, delete, "Delete an image that no deployment needs", answer=ImageView, status=202),
     Route("GET", ONE + "/log", log, "The build log", query={"follow": "true: go on until the build is over."}),
     Route("GET", ONE + "/context", context, "The build context as a tar"),
+    Route("GET", ONE + "/archive", archive, "The image as one tar, for any machine", query={
+        "format": "oci (default): an OCI image layout. docker: what docker load reads."}),
     Route("GET", ONE + "/sbom", sbom, "The bill of materials (CycloneDX 1.6 JSON)"),
     Route("GET", ONE + "/lock", lock, "The lock: every package with its version and hashes, as pip reads it"),
     Route("GET", ONE + "/manifest", manifest, "The OCI manifest, byte for byte: its SHA-256 is the image's digest"),

@@ -73,8 +73,8 @@ def labels(image: Image, lock_digest: str, base: Base | None) -> dict[str, str]:
         f"{OWN}version": __version__, f"{OWN}python": image.python_version, f"{OWN}lock": lock_digest,
         f"{OWN}score": image.score or "",
         f"{OWN}models": encode([{k: v for k, v in m.items() if v} for m in models]).decode(),
-        f"{OWN}sbom": "among the OCI referrers of this image (application/vnd.cyclonedx+json), listed by the index that "
-                      "the tag sha256-<digest of its manifest> names; its provenance is there as well"}
+        f"{OWN}sbom": "among the OCI referrers of this image (application/vnd.cyclonedx+json), listed by the index "
+                      "that the tag sha256-<digest of its manifest> names; its provenance is there as well"}
     return {name: text for name, text in said.items() if text}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,17 @@ def test_what_does_not_verify_ends_with_1(live: Yard, signed: str, tmp_path: Pat
     assert "holds no public key" in fails(live, "images", "verify", signed, "--key", str(tmp_path / "none"))
     fails(live, "images", "verify", signed, "--key", str(tmp_path / "absent"), code=2)
     assert "there is no image" in fails(live, "images", "verify", "nothing:1")
+
+
+def test_ways_out(live: Yard, signed: str, tmp_path: Path) -> None:
+    for option, first in (("--oci", "oci-layout"), ("--to", "Dockerfile")):
+        to = tmp_path / f"{first}.tar"
+        done = live.cli("images", "export", "signed", option, str(to))
+        assert done.stdout == f"{to}\n" and "exporting signed" in done.stderr
+        with tarfile.open(to) as archive:
+            assert archive.getnames()[0] == first
+    live.cli("images", "export", signed, cwd=tmp_path)
+    assert (tmp_path / f"{signed.replace(':', '-')}.tar").is_file()
+    assert "has no base" in fails(live, "images", "export", signed, "--docker", str(tmp_path / "d.tar"))
+    assert "give one of" in fails(live, "images", "export", signed, "--oci", "a", "--to", "b", code=2)
+    assert not (tmp_path / "d.tar").exists()

@@ -118,7 +118,7 @@ async def test_the_base_lies_below_and_the_config_is_composed(yard: Yard, layout
     recipe = (await yard.call("GET", f"/v1/images/{doc['id']}/context")).raw
     with tarfile.open(fileobj=io.BytesIO(recipe)) as archive:
         assert not any(name.startswith(("usr", "etc")) for name in archive.getnames())
-        assert f"--build-context base={base}" in archive.extractfile("Containerfile").read().decode()
+        assert f"--build-context base={base}" in archive.extractfile("Dockerfile").read().decode()
 
 
 async def test_a_second_build_finds_the_base_in_the_store(yard: Yard, layout: Layout) -> None:

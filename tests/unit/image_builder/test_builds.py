@@ -225,7 +225,7 @@ async def test_the_context_is_one_tar_that_says_how(yard: Yard) -> None:
     assert answer.status == 200
     with tarfile.open(fileobj=io.BytesIO(answer.raw)) as archive:
         names = archive.getnames()
-        recipe = archive.extractfile("Containerfile").read().decode()
+        recipe = archive.extractfile("Dockerfile").read().decode()
         assert archive.extractfile("opt/modelyard/models/iris/1/model.bin").read() == b"weights"
     assert {"requirements.lock", "opt/modelyard/score/score.py", "opt/modelyard/image.json"} <= set(names)
     assert 'ENV A="b c"' in recipe and "USER 10001" in recipe
