@@ -17,7 +17,7 @@ import pytest
 from modelyard.adapters import urls
 from modelyard.core.errors import Invalid, NotFound
 from modelyard.image_builder.model import Image
-from modelyard.image_builder.referrers import Attached, attach, detach
+from modelyard.image_builder.referrers import Attached, attach, detach, stage
 from modelyard.ports.images import ImageStore
 from tests.backends import Backend, backends, url_of
 
@@ -211,8 +211,12 @@ async def test_what_is_said_of_an_image_goes_with_it(images: ImageStore, backend
         found = await images.get_manifest("iris", known[0].replace(":", "-"))
         return {part["digest"]: part for part in json.loads(found[0])["manifests"]} if found else {}
 
-    await attach(images, one, body, said(b"of one"))
-    await asyncio.gather(attach(images, two, body, said(b"of two")), attach(images, one, body, said(b"of one, again")))
+    async def attached(image: Image, text: bytes) -> None:
+        await stage(images, image, said(text))
+        await attach(images, image, body, said(text))
+
+    await attached(one, b"of one")
+    await asyncio.gather(attached(two, b"of two"), attached(one, b"of one, again"))
     entries = await listed()
     assert sorted(e["annotations"]["io.modelyard.image"] for e in entries.values()) == ["iris:1"] * 2 + ["iris:2"] * 2
     for found, entry in entries.items():

@@ -251,30 +251,41 @@ class Build:
             raise BuildFailed(exc.message) from exc
 
     async def publish(self, lock: Lock) -> Result:
-        """Config, manifest, bill of materials."""
+        """Config, manifest, and what is said of the image. The digest is known before anything of it is sent."""
         doc, images = self.doc, self.ctx.images
         lock_digest = digest_of(lock.text.encode())
         config = oci_config(doc.platform, doc.env, self.layers, self.base, labels(doc, lock_digest, self.base))
         body = manifest(config, self.layers, self.base)
-        await images.put_blob(doc.repo, digest_of(config), store.Chunks(config))
-        try:
-            digest = await images.put_manifest(doc.repo, doc.tag, body, MANIFEST)
-        except Invalid as exc:
-            raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
-        await self.told(body, Contents(self.packages, parts.code_layer().layer, lock_digest, self.base))
+        digest = digest_of(body)
+
+        async def put() -> None:
+            await images.put_blob(doc.repo, digest_of(config), store.Chunks(config))
+            try:
+                await images.put_manifest(doc.repo, doc.tag, body, MANIFEST)
+            except Invalid as exc:
+                raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
+
+        said = await self.said(digest, Contents(self.packages, parts.code_layer().layer, lock_digest, self.base))
+        await store.together([put(), self.keep(said)])
+        began = time.monotonic()
+        await referrers.attach(images, doc, body, said)
+        self.log.note(f"bill of materials and signed provenance: attached in {time.monotonic() - began:.3f} s")
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
         return Result(digest, size, lock_digest, doc.python_version)
 
-    async def told(self, body: bytes, holds: Contents) -> None:
-        """What the image is made of and who made it: kept here, and attached to it in the store."""
-        doc, digest = self.doc, digest_of(body)
+    async def said(self, digest: str, holds: Contents) -> list[Attached]:
+        """What the image is made of, and who made it."""
         key = await signer(self.ctx.data)
-        bill = sbom(doc, digest, holds)
-        signed = encode(key.sign(statement(doc, Origin(digest, holds, bill, self.began, self.ctx.now()))))
-        for name, text in (("sbom", bill), ("provenance", signed)):
-            await self.ctx.blobs.put(image_key(doc.workspace, doc.id, name), store.Chunks(text))
-        await referrers.attach(self.ctx.images, doc, body, [
-            Attached("sbom", BILL, bill), Attached("provenance", ENVELOPE, signed, {"predicateType": PROVENANCE})])
+        bill = sbom(self.doc, digest, holds)
+        signed = encode(key.sign(statement(self.doc, Origin(digest, holds, bill, self.began, self.ctx.now()))))
+        return [Attached("sbom", BILL, bill), Attached("provenance", ENVELOPE, signed, {"predicateType": PROVENANCE})]
+
+    async def keep(self, said: Sequence[Attached]) -> None:
+        """For our own API, and for the image store."""
+        for one in said:
+            where = image_key(self.doc.workspace, self.doc.id, one.name)
+            await self.ctx.blobs.put(where, store.Chunks(one.body))
+        await referrers.stage(self.ctx.images, self.doc, said)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Where an image comes from: SLSA v1 provenance as an in-toto statement, signed by the yard's own key.
 
-It is about the image and not in it: the image's digest is the same whoever built it, and when.
+It is about the image and not in it: the image's digest is the same whoever built it, and when. The packages are not
+repeated here: the lock and the bill of materials, which have them with their hashes, are named by digest.
 """
 
 from __future__ import annotations
@@ -67,9 +68,6 @@ def _materials(image: Image, holds: Contents) -> list[dict[str, Any]]:
     out.append({"name": "lock", "mediaType": "text/plain", "digest": _sha(holds.lock_digest)})
     out.append({"name": "scoring-server", "uri": f"urn:modelyard:scoring-server:{__version__}",
                 "digest": _sha(holds.server.digest)})
-    for package in holds.packages:
-        known = {"digest": _sha(package["sha256"])} if package.get("sha256") else {}
-        out.append({"name": "package", "uri": sbom.purl(package), **known})
     return out
 
 

@@ -65,20 +65,23 @@ def fallback(digest: str) -> str:
     return digest.replace(":", "-")
 
 
+async def stage(images: ImageStore, image: Image, documents: Sequence[Attached]) -> None:
+    """Brings the documents themselves into the store: what ``attach`` needs, and what need not wait for the image."""
+    await store.together([images.put_blob(image.repo, digest_of(body), store.Chunks(body))
+                          for body in (EMPTY, *(document.body for document in documents))])
+
+
 async def attach(images: ImageStore, image: Image, manifest: bytes, documents: Sequence[Attached]) -> None:
-    """In the store when it returns; again is fine, and replaces what was said of this version before."""
+    """Attaches staged documents; again is fine, and replaces what was said of this version before."""
     subject = _part(MANIFEST, manifest)
     tag = fallback(subject["digest"])
 
     async def one(document: Attached) -> dict[str, Any]:
-        await images.put_blob(image.repo, digest_of(document.body), store.Chunks(document.body))
         made = document.manifest(image, subject)
         await images.put_manifest(image.repo, f"{tag}.{image.tag}.{document.name}", made, MANIFEST)
         return document.entry(image, made)
 
-    await images.put_blob(image.repo, digest_of(EMPTY), store.Chunks(EMPTY))
-    entries = await store.together([one(document) for document in documents])
-    await _listed(images, image, tag, entries)
+    await _listed(images, image, tag, await store.together([one(document) for document in documents]))
 
 
 async def detach(images: ImageStore, image: Image) -> None:

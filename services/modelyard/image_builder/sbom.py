@@ -60,14 +60,10 @@ def _properties(said: Mapping[str, str | None]) -> list[dict[str, str]]:
     return [{"name": f"modelyard:{name}", "value": value} for name, value in sorted(said.items()) if value]
 
 
-def purl(package: Mapping[str, str]) -> str:
-    """A distribution's package URL: ``pkg:pypi/scikit-learn@1.9.1``."""
-    return f"pkg:pypi/{canonicalize_name(package['name'])}@{package['version'].replace('+', '%2B')}"
-
-
 def _package(found: Mapping[str, str]) -> dict[str, Any]:
-    out: dict[str, Any] = {"bom-ref": purl(found), "type": "library", "name": found["name"],
-                           "version": found["version"], "purl": purl(found)}
+    purl = f"pkg:pypi/{canonicalize_name(found['name'])}@{found['version'].replace('+', '%2B')}"
+    out: dict[str, Any] = {"bom-ref": purl, "type": "library", "name": found["name"], "version": found["version"],
+                           "purl": purl}
     if found.get("sha256"):
         out["hashes"] = [_hash(found["sha256"])]
     if found.get("expression"):
