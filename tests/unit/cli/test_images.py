@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -66,3 +67,18 @@ def test_ways_out(live: Yard, signed: str, tmp_path: Path) -> None:
     assert "has no base" in fails(live, "images", "export", signed, "--docker", str(tmp_path / "d.tar"))
     assert "give one of" in fails(live, "images", "export", signed, "--oci", "a", "--to", "b", code=2)
     assert not (tmp_path / "d.tar").exists()
+
+
+def test_gc_shows_first_and_takes_then(live: Yard, signed: str, tmp_path: Path) -> None:
+    stray = live.data / "images" / "blobs" / "sha256" / ("0" * 64)
+    stray.write_bytes(b"x" * 1234)
+    os.utime(stray, (0, 0))
+    shown = live.cli("gc")
+    assert "1.2 kB" in shown.stdout and "0" * 64 in shown.stdout and stray.exists()
+    assert "to be freed: modelyard gc --yes" in shown.stderr
+    assert {"kind": "blob", "name": "0" * 64, "size": 1234} in json.loads(live.cli("gc", "-o", "json").stdout)
+    assert "freed" in live.cli("gc", "--yes").stderr and not stray.exists()
+    assert live.cli("gc").stderr == "nothing there\n"
+    assert live.cli("images", "verify", signed).returncode == 0
+    assert "is not a data folder" in fails(live, "gc", "--data", str(tmp_path))
+    fails(live, "gc", "--older-than", "0", code=2)
