@@ -133,7 +133,8 @@ def test_a_second_image_sends_only_what_is_new(yard: Yard, registry: Registry, b
     again = build(yard, name="other", score=upload(yard, SCORE + b"# new\n"), base=base)
     assert again["phase"] == "ready", again
     new = {path.name for path in blobs.glob("*/*")} - before
-    assert len(new) == 3, new  # the scoring file's layer, config, manifest
+    assert len(new) == 3 + 5, new  # the scoring file's layer, config, manifest; two documents with theirs, an index
+    assert sum((path / "data").stat().st_size for path in blobs.glob("*/*") if path.name in new) < 40_000
 
 
 def test_the_context_and_the_deletion_of_an_image_in_a_registry(yard: Yard, base: str) -> None:
