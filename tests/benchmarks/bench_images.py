@@ -1,4 +1,4 @@
-"""What a new version of a model costs: seconds until its image is ready, and bytes between builder and registry.
+"""What a new version of a model costs: seconds until its image is ready, and bytes sent to the registry.
 
     python tests/benchmarks/bench_images.py [VERSIONS]
 
@@ -9,6 +9,7 @@ waited for by the SDK; `told` is what attaching the bill of materials and the pr
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -31,17 +32,34 @@ NEEDS = ["scikit-learn", "onnxruntime"]
 SIZES = {"20 kB": 20_000, "1 MB": 1_000_000, "91 MB": 91_000_000}
 
 
+class Sent(Proxy):
+    """Counts what goes to the server, headers and all."""
+
+    sent = 0
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, read = writer.get_extra_info("peername")[1] == self.to, reader.read
+
+        async def counted(n: int = -1) -> bytes:
+            piece = await read(n)
+            self.sent += len(piece) if there else 0
+            return piece
+
+        reader.read = counted  # type: ignore[method-assign]
+        await super()._pump(reader, writer)
+
+
 @contextlib.contextmanager
 def stores(folder: Path) -> Iterator[dict[str, tuple[str | None, Callable[[], int]]]]:
-    """Where images go: name → its URL (None: the default), and how many bytes passed so far, both ways."""
+    """Where images go: name → its URL (None: the default), and how many bytes were sent there so far."""
     found: dict[str, tuple[str | None, Callable[[], int]]] = {"layout": (None, lambda: 0)}
     with contextlib.ExitStack() as stack:
         if reason := Registry.missing():
             print(f"no registry here: {reason}")
         else:
             registry = stack.enter_context(Registry(folder / "server"))
-            wire = stack.enter_context(Proxy(registry.port))
-            found["registry"] = f"oci://127.0.0.1:{wire.port}/bench", lambda: wire.passed
+            wire = stack.enter_context(Sent(registry.port))
+            found["registry"] = f"oci://127.0.0.1:{wire.port}/bench", lambda: wire.sent
         yield found
 
 
@@ -60,7 +78,7 @@ def build(client: Client, folder: Path, name: str, size: int) -> tuple[float, fl
 
 def measure(client: Client, folder: Path, store: str, sent: Callable[[], int], versions: int) -> None:
     def row(what: str, size: int, times: list[float], told: list[float], wire: int) -> None:
-        beside = f"   wire {wire / 1e6:8.3f} MB = model + {(wire - size) / 1e3:9.1f} kB" if wire else ""
+        beside = f"   sent {wire / 1e6:8.3f} MB = model + {(wire - size) / 1e3:9.1f} kB" if wire else ""
         print(f"{store:8}  {what:28} {statistics.median(times):6.3f} s   told {statistics.median(told):5.3f} s "
               f"({100 * statistics.median(told) / statistics.median(times):2.0f} %){beside}", flush=True)
 

@@ -224,7 +224,7 @@ def mask(url: str) -> str:
         return "***"
     place = parts.netloc.rpartition("@")
     query = "&".join(
-        f"{name}=***" if SECRET.search(name) else item
+        f"{name}=***" if SECRET.search(name) and name not in SIGNED else item
         for item in parts.query.split("&") if item
         for name in [item.partition("=")[0]]
     )

@@ -145,6 +145,32 @@ def export(
         print(yard.images.export(image, place, form=form, on_progress=steps))
 
 
+@command(app, "sbom", "modelyard images sbom iris-scorer:7 > iris.cdx.json")
+def sbom(image: ImageRef) -> None:
+    """The bill of materials, as it was signed for: CycloneDX 1.6 JSON."""
+    _printed(image, "sbom")
+
+
+@command(app, "provenance", "modelyard images provenance iris-scorer:7 > iris.dsse.json")
+def provenance(image: ImageRef) -> None:
+    """Where the image comes from: SLSA v1 in a signed DSSE envelope."""
+    _printed(image, "provenance")
+
+
+@command(app, "lock", "modelyard images lock iris-scorer:7 > requirements.lock")
+def lock(image: ImageRef) -> None:
+    """Every package with its version and hashes, as pip reads it; `images build --lock` takes it."""
+    _printed(image, "lock")
+
+
+def _printed(image: str, what: Literal["sbom", "provenance", "lock"]) -> None:
+    """Its bytes, and nothing added: others hash them."""
+    import sys
+
+    with connect() as yard:
+        sys.stdout.buffer.write(yard.images.kept(image, what))
+
+
 @command(app, "key", "modelyard images key > yard.pub")
 def key(output: Output = Format.table) -> None:
     """The public key that this yard signs its images with: keep it where you verify them."""

@@ -156,6 +156,11 @@ class AsyncImages:
         return await save(self._http, path("images", known.id, "archive"), Path(to), params={"format": form},
                           size=int(known.document.get("size") or 0), on_progress=on_progress)
 
+    async def kept(self, image: Reference, what: Literal["sbom", "provenance", "lock"]) -> bytes:
+        """What the build left beside the image, byte for byte: the bill of materials (CycloneDX 1.6 JSON), the signed
+        provenance (a DSSE envelope), or the lock (as pip reads it). Raises NotFound before the image is ready."""
+        return (await self._http.send("GET", path("images", reference(image), what))).body
+
     async def verify(self, image: Reference, key: str | Path | None = None) -> Verification:
         """Checks the image against its signed provenance: manifest, signature, subject, models, lock, base and bill of
         materials. ``key`` is a file of public keys (or their PEM text) to trust; absent, the yard's own is asked for.

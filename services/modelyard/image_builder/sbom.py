@@ -61,9 +61,9 @@ def _properties(said: Mapping[str, str | None]) -> list[dict[str, str]]:
 
 
 def _package(found: Mapping[str, str]) -> dict[str, Any]:
-    purl = f"pkg:pypi/{canonicalize_name(found['name'])}@{found['version'].replace('+', '%2B')}"
-    out: dict[str, Any] = {"bom-ref": purl, "type": "library", "name": found["name"], "version": found["version"],
-                           "purl": purl}
+    name = canonicalize_name(found["name"])
+    out: dict[str, Any] = {"bom-ref": name, "type": "library", "name": found["name"], "version": found["version"],
+                           "purl": f"pkg:pypi/{name}@{found['version'].replace('+', '%2B')}"}
     if found.get("sha256"):
         out["hashes"] = [_hash(found["sha256"])]
     if found.get("expression"):
@@ -75,12 +75,12 @@ def _package(found: Mapping[str, str]) -> dict[str, Any]:
 
 def _server(layer: Layer) -> dict[str, Any]:
     """The layer that it is, so that it can be found in the image."""
-    return {"bom-ref": "modelyard", "type": "application", "name": "modelyard-scoring-server", "version": __version__,
-            "hashes": [_hash(layer.digest)]}
+    return {"bom-ref": "scoring-server:", "type": "application", "name": "modelyard-scoring-server",
+            "version": __version__, "hashes": [_hash(layer.digest)]}
 
 
 def _score(digest: str) -> dict[str, Any]:
-    return {"bom-ref": "score", "type": "application", "name": "scoring file", "hashes": [_hash(digest)]}
+    return {"bom-ref": "score:", "type": "application", "name": "scoring file", "hashes": [_hash(digest)]}
 
 
 def _base(base: Base) -> dict[str, Any]:

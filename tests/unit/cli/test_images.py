@@ -40,6 +40,13 @@ def test_the_key_and_what_it_verifies(live: Yard, signed: str, tmp_path: Path) -
     assert found["verified"] is True and found["key"] == known["id"] and found["image"] == signed
 
 
+def test_what_lies_beside_an_image_is_printed_byte_for_byte(live: Yard, signed: str) -> None:
+    for what in ("sbom", "provenance", "lock"):
+        assert live.cli("images", what, signed).stdout.encode() == live.call("GET", f"/v1/images/{signed}/{what}").body
+    assert json.loads(live.cli("images", "sbom", "signed").stdout)["bomFormat"] == "CycloneDX"
+    assert "there is no image" in fails(live, "images", "lock", "nothing:1")
+
+
 def test_what_does_not_verify_ends_with_1(live: Yard, signed: str, tmp_path: Path) -> None:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
