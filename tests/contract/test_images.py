@@ -17,7 +17,7 @@ import pytest
 from modelyard.adapters import urls
 from modelyard.core.errors import Invalid, NotFound
 from modelyard.image_builder.model import Image
-from modelyard.image_builder.referrers import Attached, attach, detach, stage
+from modelyard.image_builder.referrers import Attached, attach, detach
 from modelyard.ports.images import ImageStore
 from tests.backends import Backend, backends, url_of
 
@@ -212,7 +212,6 @@ async def test_what_is_said_of_an_image_goes_with_it(images: ImageStore, backend
         return {part["digest"]: part for part in json.loads(found[0])["manifests"]} if found else {}
 
     async def attached(image: Image, text: bytes) -> None:
-        await stage(images, image, said(text))
         await attach(images, image, body, said(text))
 
     await attached(one, b"of one")

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..core.attest import ENVELOPE, PROVENANCE
 from ..core.errors import BuildFailed, Invalid, NotFound, Unavailable
 from ..core.layout import image_key
 from ..kernel.cache import Cache
 from ..kernel.service import Context
-from . import parts, referrers, sources, store, uv
+from . import parts, sources, store, uv
 from .bases import Base
 from .checks import requirement
 from .config import MANIFEST, about, digest_of, encode, labels, manifest, oci_config
@@ -32,8 +31,7 @@ from .memo import Memo, key
 from .model import Image
 from .provenance import Origin, statement
 from .pull import Pull
-from .referrers import Attached
-from .sbom import MEDIA_TYPE as BILL
+from .referrers import NAMES
 from .sbom import Contents, sbom
 from .tarring import Layer
 
@@ -265,27 +263,18 @@ class Build:
             except Invalid as exc:
                 raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
 
-        said = await self.said(digest, Contents(self.packages, parts.code_layer().layer, lock_digest, self.base))
-        await store.together([put(), self.keep(said)])
-        began = time.monotonic()
-        await referrers.attach(images, doc, body, said)
-        self.log.note(f"bill of materials and signed provenance: attached in {time.monotonic() - began:.3f} s")
+        holds = Contents(self.packages, parts.code_layer().layer, lock_digest, self.base)
+        await store.together([put(), self.say(digest, holds)])
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
         return Result(digest, size, lock_digest, doc.python_version)
 
-    async def said(self, digest: str, holds: Contents) -> list[Attached]:
-        """What the image is made of, and who made it."""
-        key = await signer(self.ctx.data)
-        bill = sbom(self.doc, digest, holds)
-        signed = encode(key.sign(statement(self.doc, Origin(digest, holds, bill, self.began, self.ctx.now()))))
-        return [Attached("sbom", BILL, bill), Attached("provenance", ENVELOPE, signed, {"predicateType": PROVENANCE})]
-
-    async def keep(self, said: Sequence[Attached]) -> None:
-        """For our own API, and for the image store."""
-        for one in said:
-            where = image_key(self.doc.workspace, self.doc.id, one.name)
-            await self.ctx.blobs.put(where, store.Chunks(one.body))
-        await referrers.stage(self.ctx.images, self.doc, said)
+    async def say(self, digest: str, holds: Contents) -> None:
+        """What the image is made of and who made it, kept; it is attached to the image once that is ready."""
+        doc, key = self.doc, await signer(self.ctx.data)
+        bill = sbom(doc, digest, holds)
+        signed = encode(key.sign(statement(doc, Origin(digest, holds, bill, self.began, self.ctx.now()))))
+        for name, text in zip(NAMES, (bill, signed), strict=True):
+            await self.ctx.blobs.put(image_key(doc.workspace, doc.id, name), store.Chunks(text))
 
 
 @functools.cache

@@ -17,17 +17,20 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
+from ..core.attest import ENVELOPE, PROVENANCE
 from ..core.errors import Invalid, Unavailable
 from ..ports.images import ImageStore
 from . import store
 from .config import MANIFEST, digest_of, encode
 from .model import Image
+from .sbom import MEDIA_TYPE as BILL
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 EMPTY, EMPTY_TYPE = b"{}", "application/vnd.oci.empty.v1+json"
 OF = "io.modelyard.image"
 """The annotation that tells of which image version an attached manifest speaks."""
 NAMES = ("sbom", "provenance")
+"""As they are called here, and in the blob store."""
 TRIES = 5
 _TURNS: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
@@ -60,27 +63,28 @@ def _part(kind: str, body: bytes) -> dict[str, Any]:
     return {"mediaType": kind, "digest": digest_of(body), "size": len(body)}
 
 
+def documents(bill: bytes, provenance: bytes) -> list[Attached]:
+    """What is attached to every image."""
+    return [Attached("sbom", BILL, bill), Attached("provenance", ENVELOPE, provenance, {"predicateType": PROVENANCE})]
+
+
 def fallback(digest: str) -> str:
     """The tag of the index of what is attached to a manifest."""
     return digest.replace(":", "-")
 
 
-async def stage(images: ImageStore, image: Image, documents: Sequence[Attached]) -> None:
-    """Brings the documents themselves into the store: what ``attach`` needs, and what need not wait for the image."""
-    await store.together([images.put_blob(image.repo, digest_of(body), store.Chunks(body))
-                          for body in (EMPTY, *(document.body for document in documents))])
-
-
 async def attach(images: ImageStore, image: Image, manifest: bytes, documents: Sequence[Attached]) -> None:
-    """Attaches staged documents; again is fine, and replaces what was said of this version before."""
+    """In the store when it returns; again is fine, and replaces what was said of this version before."""
     subject = _part(MANIFEST, manifest)
     tag = fallback(subject["digest"])
 
     async def one(document: Attached) -> dict[str, Any]:
+        await images.put_blob(image.repo, digest_of(document.body), store.Chunks(document.body))
         made = document.manifest(image, subject)
         await images.put_manifest(image.repo, f"{tag}.{image.tag}.{document.name}", made, MANIFEST)
         return document.entry(image, made)
 
+    await images.put_blob(image.repo, digest_of(EMPTY), store.Chunks(EMPTY))
     await _listed(images, image, tag, await store.together([one(document) for document in documents]))
 
 

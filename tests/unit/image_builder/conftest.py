@@ -101,6 +101,20 @@ class Yard:
         spec = {"score": await self.upload(SCORE), "lock": await self.upload(b""), **spec}
         return await self.over((await self.post(name=name, **spec))["id"])
 
+    async def attached(self, id: str) -> list[dict[str, Any]]:
+        """What is attached to an image in its store, once all of it is: entries of the index, of any version."""
+        name, _, version = id.partition(":")
+        doc = (await self.call("GET", f"/v1/images/{id}")).json
+        found: list[dict[str, Any]] = []
+
+        async def there() -> bool:
+            raw = await self.images.images.get_manifest(name, doc["digest"].replace(":", "-"))
+            found[:] = json.loads(raw[0])["manifests"] if raw else []
+            return sum(e["annotations"]["io.modelyard.image"] == f"{name}:{version}" for e in found) == 2
+
+        await self.until(there)
+        return found
+
     async def gone(self, id: str) -> None:
         """Returns once a deleted image is a tombstone."""
         for _ in range(400):

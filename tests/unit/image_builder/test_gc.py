@@ -51,13 +51,12 @@ def kinds(found: list[Stray]) -> dict[str, set[str]]:
     return {kind: {s.name for s in found if s.kind == kind} for kind in {s.kind for s in found}}
 
 
-async def whole(yard: Yard, name: str, tag: str) -> None:
+async def whole(yard: Yard, name: str, tag: str, listed: list[dict[str, Any]] | None = None) -> None:
     """Manifest, config, layers and what is attached: every byte, checked by digest."""
     images = yard.images.images
     body, _ = await images.get_manifest(name, tag) or (b"", "")
-    digest = hashlib.sha256(body).hexdigest()
-    listed, _ = await images.get_manifest(name, f"sha256-{digest}") or (b"", "")
-    attached = [await images.get_manifest(name, entry["digest"]) for entry in json.loads(listed)["manifests"]]
+    entries = await yard.attached(f"{name}:{tag}") if listed is None else listed
+    attached = [await images.get_manifest(name, entry["digest"]) for entry in entries]
     for raw in (body, *(found[0] for found in attached if found)):
         for part in (json.loads(raw)["config"], *json.loads(raw)["layers"]):
             assert sum([len(chunk) async for chunk in images.get_blob(name, part["digest"])]) == part["size"]
@@ -66,7 +65,7 @@ async def whole(yard: Yard, name: str, tag: str) -> None:
 
 async def test_nothing_of_a_living_image_is_garbage(yard: Yard) -> None:
     await yard.register("iris", os.urandom(BIG))
-    await yard.small(models=["iris"])
+    await yard.attached((await yard.small(models=["iris"]))["id"])
     await asyncio.to_thread(aged, yard.images.data / "images")
     await asyncio.to_thread(aged, yard.images.data / "image-builder")
     assert await garbage(yard).collect(older_s=0, dry=False) == []
@@ -74,7 +73,7 @@ async def test_nothing_of_a_living_image_is_garbage(yard: Yard) -> None:
 
 
 async def test_what_is_found_is_only_taken_when_asked(yard: Yard) -> None:
-    await yard.small()
+    await yard.attached((await yard.small())["id"])
     stray = await asyncio.to_thread(left_behind, yard)
     upload = yard.images.data / "images" / ".tmp" / "broken-off"
     await asyncio.to_thread(upload.write_bytes, b"half")
@@ -102,7 +101,7 @@ async def test_what_is_found_is_only_taken_when_asked(yard: Yard) -> None:
 
 
 async def test_what_is_young_stays(yard: Yard) -> None:
-    await yard.small()
+    await yard.attached((await yard.small())["id"])
     stray = await asyncio.to_thread(left_behind, yard)
     assert await garbage(yard).collect(older_s=3 * DAY, dry=False) == []
     assert await asyncio.to_thread(stray.exists)
@@ -112,6 +111,7 @@ async def test_a_tag_goes_only_when_its_image_is_known_to_be_deleted(yard: Yard)
     """The removal of an image's tags was cut short; a stranger's tags lie beside."""
     images = yard.images.images
     doc = await yard.small()
+    listed = await yard.attached("tiny:1")
     body, kind = await images.get_manifest("tiny", "1") or (b"", "")
     tag = doc["digest"].replace(":", "-")
     names = (tag, f"{tag}.1.sbom", f"{tag}.1.provenance")
@@ -131,7 +131,7 @@ async def test_a_tag_goes_only_when_its_image_is_known_to_be_deleted(yard: Yard)
     found = kinds(await garbage(yard).collect(dry=False))
     assert found["tag"] == {"tiny:1", *(f"tiny:{name}" for name in names)} and "blob" not in found
     assert await images.get_manifest("tiny", "1") is None
-    await whole(yard, "stranger", "1")
+    await whole(yard, "stranger", "1", listed)
 
 
 @pytest.mark.slow

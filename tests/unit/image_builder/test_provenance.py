@@ -83,9 +83,8 @@ async def test_the_manifest_is_answered_byte_for_byte(yard: Yard) -> None:
 async def test_both_documents_are_attached_to_the_image_and_go_with_it(yard: Yard) -> None:
     doc = await yard.small()
     tag, images = doc["digest"].replace(":", "-"), yard.images.images
-    listed = json.loads((await images.get_manifest("tiny", tag))[0])["manifests"]
     found = {}
-    for entry in listed:
+    for entry in await yard.attached("tiny:1"):
         artifact = json.loads((await images.get_manifest("tiny", entry["digest"]))[0])
         assert artifact["subject"]["digest"] == doc["digest"]
         layer = artifact["layers"][0]["digest"]
@@ -93,7 +92,7 @@ async def test_both_documents_are_attached_to_the_image_and_go_with_it(yard: Yar
     assert found == {kind: (await yard.call("GET", f"/v1/images/tiny:1/{what}")).raw for kind, what in (
         ("application/vnd.cyclonedx+json", "sbom"), ("application/vnd.dsse.envelope.v1+json", "provenance"))}
     again = await yard.small()
-    assert again["digest"] == doc["digest"]
+    assert again["digest"] == doc["digest"] and len(await yard.attached("tiny:2")) == 4
     await yard.call("DELETE", "/v1/images/tiny:1")
     await yard.gone("tiny:1")
     assert {e["annotations"]["io.modelyard.image"] for e in json.loads(
@@ -103,6 +102,35 @@ async def test_both_documents_are_attached_to_the_image_and_go_with_it(yard: Yar
     assert await images.get_manifest("tiny", tag) is None
     folder = yard.images.data / "images" / "blobs" / "sha256"
     assert await asyncio.to_thread(lambda: list(folder.iterdir())) == []
+
+
+@pytest.mark.parametrize("error", [Unavailable("away for now"), Invalid("no artifacts here")])
+async def test_a_store_that_does_not_take_them_does_not_fail_the_image(
+        yard: Yard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception) -> None:
+    """One that is away is asked again; of one that refuses the log tells."""
+    put, asked = yard.images.images.put_manifest, 0
+
+    async def refusing(repo: str, tag: str, manifest: bytes, media_type: str) -> str:
+        nonlocal asked
+        if tag.startswith("sha256-"):
+            asked += 1
+            if asked <= 2 or isinstance(error, Invalid):
+                raise error
+        return await put(repo, tag, manifest, media_type)
+
+    monkeypatch.setattr(yard.images.images, "put_manifest", refusing)
+    doc = await yard.small()
+    assert doc["phase"] == "ready"
+    if isinstance(error, Unavailable):
+        assert len(await yard.attached("tiny:1")) == 2
+    else:
+        async def told() -> bool:
+            return "cannot be attached to image tiny:1: no artifacts here" in caplog.text
+
+        await yard.until(told)
+    assert (await yard.call("GET", "/v1/images/tiny:1/provenance")).status == 200
+    await yard.call("DELETE", "/v1/images/tiny:1")
+    await yard.gone("tiny:1")
 
 
 async def test_another_key_does_not_change_the_image(tmp_path: Path) -> None:
