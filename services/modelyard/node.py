@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from .adapters import urls
@@ -208,6 +208,26 @@ async def look(settings: Settings, servers_only: bool = False) -> list[Look]:
         ("images", settings.images, lambda: urls.open_images(settings.images)),
         *((f"target {name}", url, partial(target, name, url)) for name, url in settings.targets.items())]
     return list(await asyncio.gather(*(at(*thing) for thing in things if urls.on_server(thing[1]) or not servers_only)))
+
+
+async def collect(settings: Settings, *, older_s: float, dry: bool) -> list[dict[str, Any]]:
+    """What of images nothing needs any more (``kind``, ``name``, ``size``), taken away unless ``dry``. The services may
+    run meanwhile. A registry collects its own garbage: of it nothing is found."""
+    from .adapters.images_layout import LayoutImages
+    from .adapters.images_layout_gc import LayoutSweep
+    from .image_builder.gc import Garbage
+
+    if not await asyncio.to_thread((settings.data / "VERSION").is_file):
+        raise Invalid(f"{settings.data} is not a data folder of Modelyard; name it with --data", field="data")
+    async with AsyncExitStack() as stack:
+        store = await urls.open_store(settings.store, "image-builder")
+        stack.push_async_callback(store.close)
+        images = await urls.open_images(settings.images)
+        stack.push_async_callback(images.close)
+        await images.check()
+        broom = LayoutSweep(images) if isinstance(images, LayoutImages) else None
+        found = await Garbage(store, images, broom, settings.data).collect(older_s=older_s, dry=dry)
+    return [stray.document for stray in found]
 
 
 def _port(settings: Settings, wanted: Sequence[Service], house: Sequence[Service]) -> int:

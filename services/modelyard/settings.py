@@ -42,6 +42,9 @@ ELSEWHERE = frozenset({  # MODELYARD_* names that other programs of ours read
 })
 LINK = re.compile(r"(^|_)(SERVICE_HOST|SERVICE_PORT\w*|PORT_[0-9]+_\w+)$|^\w+_PORT$")
 """What Kubernetes puts into a container for a service that is called ``modelyard…``: not settings."""
+SECRETS = re.compile(
+    r"(?i)([?&;](?!require_signed=)[^=&;]*(?:password|secret|token|key|sig)[^=&;]*=)[^&;]+")
+"""Of a URL's query; a file of public keys is none."""
 _file: ContextVar[Path | None] = ContextVar("modelyard_config", default=None)
 
 
@@ -192,7 +195,7 @@ def _mask(value: Any) -> Any:
         if parts.password is not None:
             netloc = f"{parts.username}:********@{parts.netloc.rpartition('@')[2]}"
             value = urlunsplit(parts._replace(netloc=netloc))
-        return re.sub(r"(?i)([?&;][^=&;]*(?:password|secret|token|key|sig)[^=&;]*=)[^&;]+", r"\1********", value)
+        return SECRETS.sub(r"\1********", value)
     return value
 
 

@@ -16,6 +16,8 @@ import pytest
 
 from modelyard.adapters import urls
 from modelyard.core.errors import Invalid, NotFound
+from modelyard.image_builder.model import Image
+from modelyard.image_builder.referrers import Attached, attach, detach
 from modelyard.ports.images import ImageStore
 from tests.backends import Backend, backends, url_of
 
@@ -188,6 +190,52 @@ async def test_remove_leaves_alone_what_is_being_put(images: ImageStore) -> None
     await images.put_blob("rose", digest(b"{}"), chunks(b"{}"))
     await images.put_manifest("rose", "1", manifest(b"{}", b"shared", b"own"), MANIFEST)
     assert await read(images, "rose", digest(b"shared")) == b"shared"
+
+
+def version(repo: str, tag: str, known: str) -> Image:
+    return Image(id=f"{repo}:{tag}", name=repo, version=int(tag), platform="linux/amd64", digest=known)
+
+
+async def test_what_is_said_of_an_image_goes_with_it(images: ImageStore, backend: Backend) -> None:
+    """OCI referrers by the fallback tag: two versions that are one image have their own documents; what
+    is gone is gone, and repeating does no harm."""
+    known = [await image(images, "iris", tag, b"layer") for tag in ("1", "2")]
+    assert known[0] == known[1]
+    one, two = (version("iris", tag, known[0]) for tag in ("1", "2"))
+    body, _ = await images.get_manifest("iris", "1") or (b"", "")
+
+    def said(text: bytes) -> list[Attached]:
+        return [Attached("sbom", "application/vnd.cyclonedx+json", text), Attached("provenance", "text/plain", b"{}")]
+
+    async def listed() -> dict[str, dict[str, Any]]:
+        found = await images.get_manifest("iris", known[0].replace(":", "-"))
+        return {part["digest"]: part for part in json.loads(found[0])["manifests"]} if found else {}
+
+    async def attached(image: Image, text: bytes) -> None:
+        await attach(images, image, body, said(text))
+
+    await attached(one, b"of one")
+    await asyncio.gather(attached(two, b"of two"), attached(one, b"of one, again"))
+    entries = await listed()
+    assert sorted(e["annotations"]["io.modelyard.image"] for e in entries.values()) == ["iris:1"] * 2 + ["iris:2"] * 2
+    for found, entry in entries.items():
+        raw, kind = await images.get_manifest("iris", found) or (b"", "")
+        artifact = json.loads(raw)
+        assert (kind, digest(raw), entry["artifactType"]) == (MANIFEST, found, artifact["artifactType"])
+        assert artifact["subject"] == {"mediaType": MANIFEST, "digest": known[0], "size": len(body)}
+        assert await read(images, "iris", artifact["layers"][0]["digest"]) in (b"of one, again", b"of two", b"{}")
+    for repeated in range(2):
+        await detach(images, one)
+        assert {e["annotations"]["io.modelyard.image"] for e in (await listed()).values()} == {"iris:2"}, repeated
+    await images.remove("iris", "1")
+    await blob_is_gone(images, backend, "iris", b"of one, again")
+    assert await read(images, "iris", digest(b"of two")) == b"of two"
+    await detach(images, two)
+    await images.remove("iris", "2")
+    assert await listed() == {}
+    for gone in entries:
+        assert await images.get_manifest("iris", gone) is None
+    await blob_is_gone(images, backend, "iris", b"of two")
 
 
 async def test_a_removal_does_not_cut_a_reader(images: ImageStore) -> None:

@@ -28,6 +28,7 @@ DRIVERS = {
     "aiohttp": ["kernel/*", "*/api.py", "client/*", "scoring/*", "adapters/*_http.py", "node.py"],
     "pydantic": ["core/*", "kernel/*", "client/*", "settings.py", "adapters/store_*", "registry/*", "image_builder/*",
                  "deployer/*", "telemetry/*", "cli/*", "node.py"],
+    "cryptography": ["core/attest.py", "image_builder/keys.py"],
     "typer": ["cli/*"],
     "rich": ["cli/*", "client/*"],
 }

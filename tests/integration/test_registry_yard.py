@@ -128,12 +128,23 @@ def test_an_image_with_a_base_runs_in_a_container_and_on_local(yard: Yard, base:
 
 def test_a_second_image_sends_only_what_is_new(yard: Yard, registry: Registry, base: str) -> None:
     blobs = registry.data / "docker/registry/v2/blobs/sha256"
-    build(yard, name="sent", score=upload(yard, SCORE), base=base)
-    before = {path.name for path in blobs.glob("*/*")}
+
+    def there() -> set[str]:
+        return {path.name for path in blobs.glob("*/*")}
+
+    def attached(image: dict[str, Any]) -> bool:
+        tag = image["digest"].replace(":", "-")
+        return (registry.data / f"docker/registry/v2/repositories/yard/{image['name']}/_manifests/tags/{tag}").is_dir()
+
+    first = build(yard, name="sent", score=upload(yard, SCORE), base=base)
+    until(lambda: attached(first), 20)
+    before = there()
     again = build(yard, name="other", score=upload(yard, SCORE + b"# new\n"), base=base)
     assert again["phase"] == "ready", again
-    new = {path.name for path in blobs.glob("*/*")} - before
-    assert len(new) == 3, new  # the scoring file's layer, config, manifest
+    until(lambda: attached(again), 20)
+    new = there() - before
+    assert len(new) == 3 + 5, new  # the scoring file's layer, config, manifest; two documents with theirs, an index
+    assert sum((path / "data").stat().st_size for path in blobs.glob("*/*") if path.name in new) < 40_000
 
 
 def test_the_context_and_the_deletion_of_an_image_in_a_registry(yard: Yard, base: str) -> None:

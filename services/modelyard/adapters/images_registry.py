@@ -137,8 +137,9 @@ class RegistryImages(ImageStore):
                 skip = max(0, skip - len(chunk))
 
     async def _size(self, name: str, digest: str, kind: str = "blobs") -> int | None:
+        headers = {"Accept": MANIFESTS} if kind == "manifests" else {}  # a dozen blobs are asked for of every image
         found = await self._door.ask("HEAD", f"/v2/{name}/{kind}/{digest}", about=f"{kind} {digest[:19]} of {name}",
-                                     ok=(200, 404), repo=name, headers={"Accept": MANIFESTS})
+                                     ok=(200, 404), repo=name, headers=headers)
         return int(found.headers.get("Content-Length", -1)) if found.status == 200 else None
 
     # -- manifests and tags -------------------------------------------------------------------------------------------

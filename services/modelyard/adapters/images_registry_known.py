@@ -17,6 +17,8 @@ from .images_names import descriptors
 MOST = 50_000
 REPOS, TAGS = 64, 2
 SIDE_BY_SIDE = 8
+REFERRERS = "sha256-"
+"""What the tags of documents about images begin with: they hold no layers."""
 Json = Callable[[str, str], Awaitable[dict[str, object] | None]]
 """Asks the registry: (repository or "", path) → what it says, None when it does not."""
 
@@ -59,7 +61,8 @@ class Known:
 
         async def one(repo: str) -> None:
             async with limit:
-                for tag in _texts(await self._ask(repo, f"/v2/{repo}/tags/list"), "tags")[-TAGS:]:
+                tags = _texts(await self._ask(repo, f"/v2/{repo}/tags/list"), "tags")
+                for tag in [tag for tag in tags if not tag.startswith(REFERRERS)][-TAGS:]:
                     body = await self._ask(repo, f"/v2/{repo}/manifests/{tag}") or {}
                     for part in descriptors(json.loads(json.dumps(body))):
                         self._where.setdefault(str(part["digest"]), repo)

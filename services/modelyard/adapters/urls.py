@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
+from ..core.attest import PublicKey, public_keys
 from ..core.errors import Invalid
 from ..ports.blobs import BlobStore, CaptureGrants
 from ..ports.bus import EventBus
@@ -60,9 +61,11 @@ GRANTS = {"file": Adapter("blobs_dir", "DirGrants"),
           "azure": Adapter("blobs_azure_grants", "AzureGrants", "azure", AZURE, network=True)}
 IMAGES = {"oci-layout": Adapter("images_layout", "LayoutImages"),
           "oci": Adapter("images_registry", "RegistryImages", options={"tls": str, "timeout_s": float}, network=True)}
-TARGETS = {"process": Adapter("targets_process", "ProcessTarget"),
-           "docker": Adapter("targets_docker", "DockerTarget", "docker", {"network": str, "at_exit": str},
-                             network=True)}
+SIGNED = {"require_signed": str}
+"""What every target's URL may say: a file of the public keys that images must be signed by."""
+TARGETS = {"process": Adapter("targets_process", "ProcessTarget", options=SIGNED),
+           "docker": Adapter("targets_docker", "DockerTarget", "docker",
+                             {"network": str, "at_exit": str, **SIGNED}, network=True)}
 
 
 async def open_store(url: str, service: str) -> DocumentStore:
@@ -116,14 +119,27 @@ async def open_images(url: str) -> ImageStore:
 
 async def open_target(name: str, url: str, *, images: ImageStore, data: Path, ends: bool = False) -> DeploymentTarget:
     """The deployment target ``name``: ``process://``, ``docker://[HOST:PORT][?network=bridge&at_exit=keep]`` (no host:
-    the engine of this machine).
+    the engine of this machine). ``?require_signed=FILE``: see ``signed_by`` of the port.
     ``ends``: closing it ends what it runs on this machine."""
     class_, where = _adapter(f"targets.{name}", url, TARGETS)
+    file = where.options.pop("require_signed", None)
+    keys = () if file is None else await asyncio.to_thread(_keys, f"targets.{name}", file)
+    target: DeploymentTarget
     if isinstance(where.place, str):
-        opened: DeploymentTarget = await class_.open(where.place, name, images, data, ends, **where.options)
-        return opened
-    target: DeploymentTarget = await asyncio.to_thread(class_, name, images, data, ends)
+        target = await class_.open(where.place, name, images, data, ends, **where.options)
+    else:
+        target = await asyncio.to_thread(class_, name, images, data, ends)
+    target.signed_by = keys
     return target
+
+
+def _keys(setting: str, file: str) -> Sequence[PublicKey]:
+    """An empty file must not mean that anything may run."""
+    try:
+        return public_keys(Path(file).expanduser().read_bytes(), f"{setting}: {file}")
+    except OSError as exc:
+        raise Invalid(f"{setting}: require_signed names {file}, which cannot be read: {exc.strerror or exc}",
+                      field=setting) from exc
 
 
 async def _plain(setting: str, url: str, table: Mapping[str, Adapter]) -> Any:
@@ -210,7 +226,7 @@ def mask(url: str) -> str:
         return "***"
     place = parts.netloc.rpartition("@")
     query = "&".join(
-        f"{name}=***" if SECRET.search(name) else item
+        f"{name}=***" if SECRET.search(name) and name not in SIGNED else item
         for item in parts.query.split("&") if item
         for name in [item.partition("=")[0]]
     )

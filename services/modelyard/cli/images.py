@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from .guard import fail, usage
 from .options import (
     Base,
     Description,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ..client import Client, Image
 
 app = group("Build images from models, look into them, delete them.")
+Form = Literal["context", "oci", "docker"]
 COLUMNS: list[Column] = ["id", "phase", "models", "tags", "created"]
 
 
@@ -122,13 +124,79 @@ def log(
             print(line, flush=follow)
 
 
-@command(app, "export", "modelyard images export iris-scorer:7 --to context.tar")
+@command(app, "export", """
+modelyard images export iris-scorer:7 --docker iris.tar && docker load --input iris.tar
+modelyard images export iris-scorer:7 --oci iris.tar
+modelyard images export iris-scorer:7 --to context.tar""")
 def export(
-    image: ImageRef, to: Annotated[Path | None, typer.Option(dir_okay=False, help="The tar to write.")] = None,
+    image: ImageRef,
+    to: Annotated[Path | None, typer.Option(dir_okay=False, help="Build context, with a Dockerfile: where.")] = None,
+    oci: Annotated[Path | None, typer.Option(dir_okay=False, help="OCI layout in a tar: where.")] = None,
+    docker: Annotated[Path | None, typer.Option(dir_okay=False, help="Tar for docker load: where.")] = None,
 ) -> None:
-    """Writes the build context (all that the image was made from) as a tar; prints where."""
+    """Writes an image, or all that it was made from, as a tar; prints where."""
+    given: dict[Form, Path | None] = {"context": to, "oci": oci, "docker": docker}
+    wanted = [(form, path) for form, path in given.items() if path is not None]
+    if len(wanted) > 1:
+        usage("give one of --to, --oci and --docker")
+    form, place = wanted[0] if wanted else ("context", Path(f"{image.replace(':', '-')}.tar"))
+    with connect() as yard, Steps() as steps:
+        steps.start(f"exporting {image}")
+        print(yard.images.export(image, place, form=form, on_progress=steps))
+
+
+@command(app, "sbom", "modelyard images sbom iris-scorer:7 > iris.cdx.json")
+def sbom(image: ImageRef) -> None:
+    """The bill of materials, as it was signed for: CycloneDX 1.6 JSON."""
+    _printed(image, "sbom")
+
+
+@command(app, "provenance", "modelyard images provenance iris-scorer:7 > iris.dsse.json")
+def provenance(image: ImageRef) -> None:
+    """Where the image comes from: SLSA v1 in a signed DSSE envelope."""
+    _printed(image, "provenance")
+
+
+@command(app, "lock", "modelyard images lock iris-scorer:7 > requirements.lock")
+def lock(image: ImageRef) -> None:
+    """Every package with its version and hashes, as pip reads it; `images build --lock` takes it."""
+    _printed(image, "lock")
+
+
+def _printed(image: str, what: Literal["sbom", "provenance", "lock"]) -> None:
+    """Its bytes, and nothing added: others hash them."""
+    import sys
+
     with connect() as yard:
-        print(yard.images.export(image, to or Path(f"{image.replace(':', '-')}.tar")))
+        sys.stdout.buffer.write(yard.images.kept(image, what))
+
+
+@command(app, "key", "modelyard images key > yard.pub")
+def key(output: Output = Format.table) -> None:
+    """The public key that this yard signs its images with: keep it where you verify them."""
+    with connect() as yard:
+        found = yard.images.key()
+    print(found["pem"], end="") if output is Format.table else document(found, output)
+
+
+@command(app, "verify", "modelyard images verify iris-scorer:7 --key yard.pub")
+def verify(
+    image: ImageRef,
+    key: Annotated[Path | None, typer.Option(
+        exists=True, dir_okay=False, help="Public keys to trust; absent, the yard's own is asked for.")] = None,
+    output: Output = Format.table,
+) -> None:
+    """Checks an image against its signed provenance, line by line; exit 1 if anything is wrong."""
+    with connect() as yard:
+        found = yard.images.verify(image, key)
+    if output is not Format.table:
+        document(found.document, output)
+    else:
+        for finding in found.findings:
+            print(f"{'ok' if finding.ok else 'WRONG':<5}  {finding.what:<9}  {finding.message}")
+    if not found.ok:
+        wrong = sum(not finding.ok for finding in found.findings)
+        fail(f"{found.image} is not what it says: {wrong} of {len(found.findings)} findings are wrong")
 
 
 @command(app, "delete", "modelyard images delete iris-scorer:7")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import apply, capture, dead, deploy, deployments, doctor, events, images, models, score, serve
+from . import apply, capture, dead, deploy, deployments, doctor, events, garbage, images, models, score, serve
 from .guard import Guarded
 from .options import choose, command
 
@@ -42,6 +42,7 @@ app.add_typer(dead.app, name="dead")
 command(app, "apply", "modelyard apply -f yard.yaml --dry-run --diff")(apply.apply)
 command(app, "diff", "modelyard diff -f yard.yaml")(apply.diff)
 command(app, "doctor", "modelyard doctor")(doctor.doctor)
+command(app, "gc", "modelyard gc\nmodelyard gc --yes --older-than 72")(garbage.gc)
 command(app, "config", "modelyard config --output json")(serve.config)
 
 

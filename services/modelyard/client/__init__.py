@@ -10,6 +10,7 @@ from .images import AsyncImage
 from .models import AsyncModel
 from .sync import Capture, Client, Deployment, Image, Model
 from .uploads import Progress
+from .verify import Verification
 
 if TYPE_CHECKING:
     from .apply import Change as Change
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncClient", "AsyncDeployment", "AsyncImage", "AsyncModel", "Capture", "Change", "Client", "Deployment", "Event",
-    "Image", "Model", "Progress",
+    "Image", "Model", "Progress", "Verification",
 ]
 
 

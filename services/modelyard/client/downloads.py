@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core.errors import Conflict, Invalid, Unavailable
-from .http import Http
+from .http import Http, Params
 from .uploads import OnProgress, Progress
 
 CHUNK = 1 << 20
@@ -17,7 +17,7 @@ CHUNK = 1 << 20
 
 async def save(
     http: Http, where: str, target: Path, *, replace: bool = True, folder: bool = False, digest: str | None = None,
-    size: int = 0, on_progress: OnProgress | None = None,
+    size: int = 0, params: Params | None = None, on_progress: OnProgress | None = None,
 ) -> Path:
     """The body of a GET as the file ``target``; with ``folder`` it is a tar, unpacked there.
 
@@ -27,7 +27,7 @@ async def save(
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         await asyncio.to_thread(_check, target, replace and not folder)
-        came = await _fetch(http, where, part, size, on_progress)
+        came = await _fetch(http, where, params, part, size, on_progress)
         if digest is not None and came != digest:
             raise Unavailable(f"what came for '{target.name}' is not what was registered; try again")
         await asyncio.to_thread(_place, part, target, folder)
@@ -44,12 +44,13 @@ def _check(target: Path, replace: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
 
 
-async def _fetch(http: Http, where: str, part: Path, size: int, on_progress: OnProgress | None) -> str:
+async def _fetch(http: Http, where: str, params: Params | None, part: Path, size: int,
+                 on_progress: OnProgress | None) -> str:
     done, hashed = 0, hashlib.sha256()
     file = await asyncio.to_thread(part.open, "wb")
     write: Callable[[bytes], int] = file.write
     try:
-        async with http.stream(where) as body:
+        async with http.stream(where, params=params) as body:
             async for block in body.iter_chunked(CHUNK):
                 hashed.update(block)
                 await asyncio.to_thread(write, block)

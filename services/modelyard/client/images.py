@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core.errors import BuildFailed, Invalid
 from .downloads import save
@@ -13,6 +13,7 @@ from .fields import ImageFields, Reference, reference
 from .http import Http, Params, path
 from .models import absent_dropped, pages, pairs
 from .uploads import OnProgress, Progress, upload
+from .verify import Verification, verify
 from .waiting import reason_of, settle
 
 OVER = frozenset({"ready", "failed", "cancelled"})
@@ -138,9 +139,40 @@ class AsyncImages:
             async for line in lines:
                 yield line.decode(errors="replace")
 
-    async def export(self, image: Reference, to: str | Path) -> Path:
-        """Writes the build context (everything the image was made from) as a tar to the file ``to``."""
-        return await save(self._http, path("images", reference(image), "context"), Path(to))
+    async def export(
+        self, image: Reference, to: str | Path, *, form: Literal["context", "oci", "docker"] = "context",
+        on_progress: OnProgress | None = None,
+    ) -> Path:
+        """Writes a tar to the file ``to``: the build context (a Dockerfile and everything the image was made from), the
+        image as an OCI layout, or as ``docker load`` reads it. Whole or not at all.
+
+        >>> yard.images.export("iris-scorer:1", "iris.tar", form="oci")
+        PosixPath('iris.tar')
+        """
+        if form == "context":
+            return await save(self._http, path("images", reference(image), "context"), Path(to),
+                              on_progress=on_progress)
+        known = await self.get(image)  # one version, and how much of it will come
+        return await save(self._http, path("images", known.id, "archive"), Path(to), params={"format": form},
+                          size=int(known.document.get("size") or 0), on_progress=on_progress)
+
+    async def kept(self, image: Reference, what: Literal["sbom", "provenance", "lock"]) -> bytes:
+        """What the build left beside the image, byte for byte: the bill of materials (CycloneDX 1.6 JSON), the signed
+        provenance (a DSSE envelope), or the lock (as pip reads it). Raises NotFound before the image is ready."""
+        return (await self._http.send("GET", path("images", reference(image), what))).body
+
+    async def verify(self, image: Reference, key: str | Path | None = None) -> Verification:
+        """Checks the image against its signed provenance: manifest, signature, subject, models, lock, base and bill of
+        materials. ``key`` is a file of public keys (or their PEM text) to trust; absent, the yard's own is asked for.
+
+        >>> yard.images.verify("iris-scorer:1", key="yard.pub").ok
+        True
+        """
+        return await verify(self._http, reference(image), key)
+
+    async def key(self) -> dict[str, Any]:
+        """The public key that the yard signs its images with: ``id``, ``algorithm``, ``pem``."""
+        return dict(await self._http.json("GET", path("signing-key")))
 
     async def settled(self, image: Reference, timeout_s: float, on_progress: OnProgress | None) -> dict[str, Any]:
         """The document of an image whose build is over and went well. Raises BuildFailed."""

@@ -70,6 +70,9 @@ class Images(Face[AsyncImages]):
     delete = blocks(AsyncImages.delete)
     log = yields(AsyncImages.log)
     export = blocks(AsyncImages.export)
+    kept = blocks(AsyncImages.kept)
+    verify = blocks(AsyncImages.verify)
+    key = blocks(AsyncImages.key)
 
 
 class Deployment(DeploymentFields, Face[AsyncDeployment]):

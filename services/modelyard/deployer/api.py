@@ -16,7 +16,7 @@ from ..kernel.paging import PARAMETERS
 from ..kernel.service import Context
 from ..kernel.web import Call, Route, reply, web
 from . import model
-from .images import hold, look_up, resolve
+from .images import hold, look_up, resolve, trusted
 from .model import Deployment, Found, Past, Sweep
 from .search import FILTERS, where
 
@@ -76,7 +76,8 @@ async def rollback(ctx: Context, call: Call) -> web.StreamResponse:
     if image is None:
         raise Conflict(f"generation {past.generation} ran {past.image}, which is gone", code="image-gone",
                        image=past.image)
-    return await _revise(ctx, call, _values_of(past), image, always=True)
+    return await _revise(ctx, call, _values_of(past), await _runnable(ctx, doc.target, image, doc.workspace),
+                         always=True)
 
 
 async def show(ctx: Context, call: Call) -> web.StreamResponse:
@@ -191,22 +192,26 @@ async def _image(ctx: Context, doc: Deployment, reference: str) -> Found:
     if reference == doc.image:
         phase = "ready" if doc.image_digest else "unknown"
         return Found(id=doc.image, name=doc.image_name, phase=phase, digest=doc.image_digest, models=doc.models)
-    return _runnable(ctx, doc.target, await resolve(ctx, reference, doc.workspace))
+    return await _runnable(ctx, doc.target, await resolve(ctx, reference, doc.workspace), doc.workspace)
 
 
-def _runnable(ctx: Context, target: str, image: Found) -> Found:
-    """The image, when the target can run it. Invalid for one without an operating system where one is needed."""
+async def _runnable(ctx: Context, target: str, image: Found, workspace: str) -> Found:
+    """The image, when the target can run it and may. Invalid for one without an operating system where one is needed,
+    and for one that nobody signed whom the target trusts; of one that is not built yet the loop finds that out."""
     place = ctx.targets.get(target)
     if place is not None and place.needs_base and image.base is None:
         message = (f"{image.id} has no base, and '{target}' runs containers, which need one: build it with base "
                    "(--base HOST/REPOSITORY:TAG), or deploy it to local")
         raise Invalid(message, code="needs-base", errors=[{"field": "image", "message": message}])
+    if place is not None and image.phase == "ready" and image.digest:
+        await trusted(ctx, place, image.id, image.digest, workspace)
     return image
 
 
 async def _create(ctx: Context, call: Call, spec: DeploymentSpec, values: Mapping[str, Any],
                   before: Deployment | None) -> web.Response:
-    image = _runnable(ctx, spec.target, await resolve(ctx, values["image"], call.workspace))
+    found = await resolve(ctx, values["image"], call.workspace)
+    image = await _runnable(ctx, spec.target, found, call.workspace)
     doc, facts = model.requested({**values, "image": image.id}, spec.name, image, workspace=call.workspace,
                                  now=ctx.now(), made_by=call.idempotency_key, before=before)
     try:

@@ -12,7 +12,7 @@ from ..core.events import Fact
 from ..kernel.observe import Once
 from ..kernel.service import Change, Context, Loop
 from ..ports.targets import DeploymentTarget, Observed, Workload
-from .images import keep_holds, let_go, look_up
+from .images import keep_holds, let_go, look_up, trusted
 from .model import Deployment, Found, Step, Sweep, waiting_for
 from .outcome import TROUBLE_S, Seen, settled
 
@@ -34,16 +34,18 @@ async def step(ctx: Context, doc: Deployment) -> Change[Deployment]:
     holds, trouble = await keep_holds(ctx, doc)
     image = None if doc.image_digest else await _image(ctx, doc)
     observed = await target.observe(doc.workspace, doc.id)
-    until = None
+    until, why = None, "Refused"
     digest = doc.image_digest or (image.digest if image else None)
     if digest and not trouble and needs_apply(doc, observed, ctx.now()):
         try:
+            if observed.state == "absent" or observed.generation != doc.generation:  # not a new grant for what runs
+                await trusted(ctx, target, doc.image, digest, doc.workspace)
             observed, until = await _apply(ctx, doc, digest, target)
         except Invalid as exc:
-            trouble = exc.message
+            trouble, why = exc.message, "Unsigned" if exc.code == "unsigned" else why
         except Unavailable as exc:
             return _awaited(ctx, doc, exc.message)
-    seen = Seen(doc.generation, observed, image, trouble, holds, until)
+    seen = Seen(doc.generation, observed, image, trouble, holds, until, why)
     return lambda newest: settled(newest, seen, ctx.now())
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ..core.attest import require
 from ..core.documents import Ref
 from ..core.errors import Conflict, InUse, Invalid, Unavailable
 from ..kernel.service import Context
+from ..ports.targets import DeploymentTarget
 from .model import Deployment, Found
 
 BUILDER = "image-builder"
@@ -24,6 +26,22 @@ async def resolve(ctx: Context, reference: str, workspace: str) -> Found:
         message = f"there is no image '{reference}'{ready}"
         raise Invalid(message, errors=[{"field": "image", "message": message}])
     return found
+
+
+async def trusted(ctx: Context, target: DeploymentTarget, image: str, digest: str, workspace: str) -> None:
+    """Returns when the target may run the image: it trusts whoever signed the provenance of exactly this digest, or
+    asks for no signature. Invalid (``unsigned``) with the reason; Unavailable when the builder does not answer."""
+    if not target.signed_by:
+        return
+    where = f"/v1/images/{ctx.peers.quote(image)}/provenance"
+    try:
+        answer = await ctx.peers.call(BUILDER, "GET", where, workspace=workspace)
+        if answer is None:
+            raise Invalid("it has no provenance")
+        require(answer, target.signed_by, digest)
+    except Invalid as exc:
+        message = f"{image} is unsigned: {exc.message}; this target runs only what a key that it trusts has signed"
+        raise Invalid(message, code="unsigned", errors=[{"field": "image", "message": message}]) from exc
 
 
 async def hold(ctx: Context, doc: Deployment, image: str) -> str:

@@ -29,6 +29,8 @@ class Seen:
     trouble: str = ""
     holds: Mapping[str, bool] = field(default_factory=dict)
     grant_until: datetime | None = None
+    why: str = "Refused"
+    """``trouble`` in one word."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def judge(doc: Deployment, seen: Seen, now: datetime) -> Verdict:
     if image is not None and image.phase in ("failed", "cancelled"):
         return Verdict(short, "ImageFailed", f"image {image.id} {image.phase}: {image.reason or 'no reason'}", True)
     if seen.trouble:
-        return Verdict(short, "Refused", seen.trouble, True)
+        return Verdict(short, seen.why, seen.trouble, True)
     if not doc.image_digest:
         return Verdict("pending", "ImageBuilding", f"image {doc.image} is not ready yet")
     if target.state == "absent" or target.generation != doc.generation:

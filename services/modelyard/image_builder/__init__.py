@@ -19,4 +19,5 @@ def _routes(ctx: Context) -> Sequence[Route]:
     return ROUTES
 
 
-SERVICE = Service(name="image-builder", documents=(Image,), owns=("/v1/images",), routes=_routes, loops=(BUILD,))
+SERVICE = Service(name="image-builder", documents=(Image,), owns=("/v1/images", "/v1/signing-key"), routes=_routes,
+                  loops=(BUILD,))

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
+from ..core.attest import ENVELOPE
 from ..core.documents import Ref
 from ..core.specs import ImageSpec, Spec, TextMap
 from ..kernel.service import Context
 from ..kernel.web import Call, Route, reply, web
 from . import context as contexts
-from . import images
+from . import export, images
+from .keys import signer
 from .log import read_log
 from .model import OVER, Image
 
@@ -42,6 +44,14 @@ class ImageView(ImageSpec):
     digest: str | None = None
     size: int | None = None
     lock_digest: str | None = None
+
+
+class Key(BaseModel):
+    """The public half of the key that signs this yard's images. ``id``: the SHA-256 of its DER form."""
+
+    id: str
+    algorithm: str
+    pem: str
 
 
 class Page(BaseModel):
@@ -103,9 +113,37 @@ async def context(ctx: Context, call: Call) -> web.StreamResponse:
     return await call.stream(contexts.context(ctx, doc), "application/x-tar", {"Content-Disposition": name})
 
 
+async def archive(ctx: Context, call: Call) -> web.StreamResponse:
+    doc, form = await images.find(ctx, call.params["ref"], call.workspace), call.query.get("format", "oci")
+    found = export.archive(ctx.images, doc, await contexts.manifest(ctx, doc), form)
+    name = f'attachment; filename="{doc.name}-{doc.version}-{form}.tar"'
+    return await call.stream(found.chunks(), "application/x-tar", {"Content-Disposition": name}, length=found.size)
+
+
 async def sbom(ctx: Context, call: Call) -> web.StreamResponse:
     doc = await images.find(ctx, call.params["ref"], call.workspace)
-    return await call.stream(contexts.bill(ctx, doc), "application/vnd.cyclonedx+json")
+    return await call.stream(contexts.kept(ctx, doc, "sbom"), "application/vnd.cyclonedx+json")
+
+
+async def lock(ctx: Context, call: Call) -> web.StreamResponse:
+    doc = await images.find(ctx, call.params["ref"], call.workspace)
+    return await call.stream(contexts.kept(ctx, doc, "lock"), "text/plain")
+
+
+async def provenance(ctx: Context, call: Call) -> web.StreamResponse:
+    doc = await images.find(ctx, call.params["ref"], call.workspace)
+    return await call.stream(contexts.kept(ctx, doc, "provenance"), ENVELOPE)
+
+
+async def manifest(ctx: Context, call: Call) -> web.StreamResponse:
+    doc = await images.find(ctx, call.params["ref"], call.workspace)
+    found = await contexts.manifest(ctx, doc)
+    return web.Response(body=found[0], content_type=found[1], headers={"Docker-Content-Digest": str(doc.digest)})
+
+
+async def signing_key(ctx: Context, call: Call) -> web.StreamResponse:
+    key = (await signer(ctx.data)).public
+    return reply(Key(id=key.id, algorithm="ed25519", pem=key.pem))
 
 
 async def hold(ctx: Context, call: Call) -> web.StreamResponse:
@@ -131,7 +169,13 @@ ROUTES = (
     Route("DELETE", ONE, delete, "Delete an image that no deployment needs", answer=ImageView, status=202),
     Route("GET", ONE + "/log", log, "The build log", query={"follow": "true: go on until the build is over."}),
     Route("GET", ONE + "/context", context, "The build context as a tar"),
+    Route("GET", ONE + "/archive", archive, "The image as one tar, for any machine", query={
+        "format": "oci (default): an OCI image layout. docker: what docker load reads."}),
     Route("GET", ONE + "/sbom", sbom, "The bill of materials (CycloneDX 1.6 JSON)"),
+    Route("GET", ONE + "/lock", lock, "The lock: every package with its version and hashes, as pip reads it"),
+    Route("GET", ONE + "/manifest", manifest, "The OCI manifest, byte for byte: its SHA-256 is the image's digest"),
+    Route("GET", ONE + "/provenance", provenance, "Where it comes from (SLSA v1 in a signed DSSE envelope)"),
+    Route("GET", "/v1/signing-key", signing_key, "The public key that this yard's images are signed with", answer=Key),
     Route("PUT", HOLD, hold, "A service needs this image", answer=ImageView),
     Route("DELETE", HOLD, release, "A service needs this image no longer"),
 )

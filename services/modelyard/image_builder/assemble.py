@@ -22,14 +22,17 @@ from ..kernel.service import Context
 from . import parts, sources, store, uv
 from .bases import Base
 from .checks import requirement
-from .config import MANIFEST, about, digest_of, manifest, oci_config
+from .config import MANIFEST, about, digest_of, encode, labels, manifest, oci_config
 from .environment import Environments, told
+from .keys import signer
 from .locks import EMPTY, Lock, read_lock
 from .log import BuildLog
 from .memo import Memo, key
 from .model import Image
+from .provenance import Origin, statement
 from .pull import Pull
-from .sbom import sbom
+from .referrers import NAMES
+from .sbom import Contents, sbom
 from .tarring import Layer
 
 RESOLVED_S = 24 * 3600
@@ -72,6 +75,7 @@ class Build:
 
     def __init__(self, ctx: Context, doc: Image, log: BuildLog, scratch: Scratch) -> None:
         self.ctx, self.doc, self.log, self.scratch = ctx, doc, log, scratch
+        self.began = ctx.now()
         self.cache = Cache()
         self.memo = Memo(ctx.data / "image-builder" / "memo", self.cache)
         self.places = [parts.Place.of(m, doc.score is not None) for m in doc.inputs]
@@ -245,19 +249,32 @@ class Build:
             raise BuildFailed(exc.message) from exc
 
     async def publish(self, lock: Lock) -> Result:
-        """Config, manifest, bill of materials."""
+        """Config, manifest, and what is said of the image. The digest is known before anything of it is sent."""
         doc, images = self.doc, self.ctx.images
-        config = oci_config(doc.platform, doc.env, self.layers, self.base)
+        lock_digest = digest_of(lock.text.encode())
+        config = oci_config(doc.platform, doc.env, self.layers, self.base, labels(doc, lock_digest, self.base))
         body = manifest(config, self.layers, self.base)
-        await images.put_blob(doc.repo, digest_of(config), store.Chunks(config))
-        try:
-            digest = await images.put_manifest(doc.repo, doc.tag, body, MANIFEST)
-        except Invalid as exc:
-            raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
-        bill = sbom(doc, digest, self.packages, self.base)
-        await self.ctx.blobs.put(image_key(doc.workspace, doc.id, "sbom"), store.Chunks(bill))
+        digest = digest_of(body)
+
+        async def put() -> None:
+            await images.put_blob(doc.repo, digest_of(config), store.Chunks(config))
+            try:
+                await images.put_manifest(doc.repo, doc.tag, body, MANIFEST)
+            except Invalid as exc:
+                raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
+
+        holds = Contents(self.packages, parts.code_layer().layer, lock_digest, self.base)
+        await store.together([put(), self.say(digest, holds)])
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
-        return Result(digest, size, digest_of(lock.text.encode()), doc.python_version)
+        return Result(digest, size, lock_digest, doc.python_version)
+
+    async def say(self, digest: str, holds: Contents) -> None:
+        """What the image is made of and who made it, kept; it is attached to the image once that is ready."""
+        doc, key = self.doc, await signer(self.ctx.data)
+        bill = sbom(doc, digest, holds)
+        signed = encode(key.sign(statement(doc, Origin(digest, holds, bill, self.began, self.ctx.now()))))
+        for name, text in zip(NAMES, (bill, signed), strict=True):
+            await self.ctx.blobs.put(image_key(doc.workspace, doc.id, name), store.Chunks(text))
 
 
 @functools.cache

@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import BuildFailed, Denied, ModelyardError, Unavailable
-from ..core.layout import image_prefix
+from ..core.errors import BuildFailed, Denied, Invalid, ModelyardError, NotFound, Unavailable
+from ..core.layout import image_key, image_prefix
 from ..kernel.service import Change, Context, Loop
-from . import sources
+from . import referrers, sources
 from .assemble import Build, Result, Scratch
 from .log import BuildLog, log_file
 from .model import Image, building, built, failed, removed
@@ -30,6 +30,8 @@ async def step(ctx: Context, doc: Image) -> Change[Image]:
     if doc.deleting:
         await take_apart(ctx, doc)
         return lambda newest: removed(newest, ctx.now())
+    if doc.phase == "ready":
+        await attach(ctx, doc)
     if doc.phase not in ("queued", "building"):
         return lambda newest: None
     return await _unless_deleted(ctx, doc, build(ctx, doc))
@@ -94,9 +96,22 @@ async def _unless_deleted(ctx: Context, doc: Image, work: Coroutine[Any, Any, Ch
         await asyncio.gather(task, return_exceptions=True)
 
 
+async def attach(ctx: Context, doc: Image) -> None:
+    """What is said of an image that has just become ready goes to its store as well. Nobody waits for it: our own API
+    has it already. A store that takes no such thing is told of in the log, and the image is as good."""
+    try:
+        said = [b"".join([chunk async for chunk in ctx.blobs.get(image_key(doc.workspace, doc.id, name))])
+                for name in referrers.NAMES]
+        if found := await ctx.images.get_manifest(doc.repo, doc.tag):
+            await referrers.attach(ctx.images, doc, found[0], referrers.documents(*said))
+    except (Invalid, NotFound) as exc:
+        log_fault.warning("bill of materials and provenance cannot be attached to image %s: %s", doc.id, exc)
+
+
 async def take_apart(ctx: Context, doc: Image) -> None:
     """Lets go of the models, then removes what was built. Repeating is fine."""
     await sources.let_go(ctx, doc)
+    await referrers.detach(ctx.images, doc)
     await ctx.images.remove(doc.repo, doc.tag)
     async for blob in ctx.blobs.list(image_prefix(doc.workspace, doc.id)):
         await ctx.blobs.delete(blob.key)

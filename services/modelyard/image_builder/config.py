@@ -12,6 +12,7 @@ What a container target may rely on, for an image with a base (config as any OCI
 - ``User``: ``USER``, who owns nothing in the image: the root may be mounted read-only. Whoever wants capture mounts a
   writable folder and names it with ``--spool``; scoring code may want a ``/tmp``;
 - ``Env``: the base's (``PATH`` too), ours, the image's own last; the label ``io.modelyard.env`` holds the last as JSON;
+- labels say what it holds without our registry (``labels``);
 - labels, healthcheck, volumes, stop signal and command of the base are not taken over.
 """
 
@@ -22,8 +23,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..core.version import __version__
 from .bases import PATH, Base
-from .model import ModelInput
+from .model import Image, ModelInput
 from .tarring import Layer
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -33,7 +35,8 @@ USER = "10001"
 ENTRYPOINT = ("python3", "-I", "-S", "/opt/modelyard/launch.py")
 ENV = {"ORT_DISABLE_TELEMETRY": "1"}
 PORTS = ("8080/tcp", "8081/tcp")
-OWN_ENV = "io.modelyard.env"
+STANDARD, OWN = "org.opencontainers.image.", "io.modelyard."
+OWN_ENV = f"{OWN}env"
 """The label that holds an image's own environment, where ``Env`` holds its base's as well."""
 
 
@@ -57,17 +60,36 @@ def about(python: str, score: bool, models: Sequence[tuple[ModelInput, str, str]
     })
 
 
-def oci_config(platform: str, env: Mapping[str, str], layers: Sequence[Layer], base: Base | None = None) -> bytes:
+def labels(image: Image, lock_digest: str, base: Base | None) -> dict[str, str]:
+    """What an image says to those who have nothing but it."""
+    models = [{"id": m.id, "artifact": m.artifact, "framework": m.framework,
+               "framework_version": m.framework_version} for m in image.inputs]
+    serves = ", ".join(m.id for m in image.inputs) or "a scoring file"
+    said = {
+        f"{STANDARD}title": serves,
+        f"{STANDARD}description": f"Scores {serves}: Open Inference Protocol v2 by gRPC on 8081 and by REST on 8080",
+        f"{STANDARD}base.name": base.name if base is not None else "",
+        f"{STANDARD}base.digest": base.digest if base is not None else "",
+        f"{OWN}version": __version__, f"{OWN}python": image.python_version, f"{OWN}lock": lock_digest,
+        f"{OWN}score": image.score or "",
+        f"{OWN}models": encode([{k: v for k, v in m.items() if v} for m in models]).decode(),
+        f"{OWN}sbom": "among the OCI referrers of this image (application/vnd.cyclonedx+json), listed by the index "
+                      "that the tag sha256-<digest of its manifest> names; its provenance is there as well"}
+    return {name: text for name, text in said.items() if text}
+
+
+def oci_config(platform: str, env: Mapping[str, str], layers: Sequence[Layer], base: Base | None,
+               said: Mapping[str, str]) -> bytes:
     """The image config: runs as nobody in particular, starts the scoring server. ``layers`` are all, the base's
-    first."""
+    first; ``said`` are its labels."""
     system, _, machine = platform.partition("/")
     own = {**ENV, **env}
     config: dict[str, Any] = {"User": USER, "Env": own, "Entrypoint": list(ENTRYPOINT), "Cmd": ["serve"],
-                              "WorkingDir": "/opt/modelyard"}
+                              "WorkingDir": "/opt/modelyard", "Labels": dict(said)}
     if base is not None:
         config |= {"Env": {"PATH": PATH, **dict(pair.partition("=")[::2] for pair in base.env), **own},
                    "Entrypoint": [base.interpreter, *ENTRYPOINT[1:]], "ExposedPorts": {port: {} for port in PORTS},
-                   "Labels": {OWN_ENV: encode(own).decode()}}
+                   "Labels": {**said, OWN_ENV: encode(own).decode()}}
     config["Env"] = sorted(f"{k}={v}" for k, v in config["Env"].items())
     return encode({
         "architecture": machine, "os": system, "created": EPOCH, "config": config,

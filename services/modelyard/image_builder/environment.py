@@ -11,11 +11,14 @@ import csv
 import os
 import shutil
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
+
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.version import InvalidVersion
 
 from ..core.errors import BuildFailed, Invalid
 from ..kernel.cache import Cache
@@ -26,9 +29,9 @@ from .log import BuildLog
 from .memo import Memo, key
 from .model import Image
 from .tarring import GZIP_LEVEL, Entry, Layer, tar
-from .wheels import LARGE, distributions, grouped
+from .wheels import LARGE, Distribution, distributions, grouped
 
-FORMAT = 1
+FORMAT = 2
 BLOBS = "blobs-v1"
 _BUSY: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -89,9 +92,22 @@ class Environments:
             return False
         return True
 
+    async def wheels(self, lock: Lock, folder: Path) -> dict[str, str]:
+        """File name → sha256 of what may be installed, where the lock leaves a choice; nothing when it is not told:
+        the bill of materials then goes without those hashes, and says so in the log."""
+        if all(len(pin.hashes) == 1 for pin in lock.pins):
+            return {}
+        try:
+            return await uv.wheels(lock, self.doc.python_version, self.doc.platform, folder, self.log)
+        except (BuildFailed, ValueError, OSError) as exc:
+            await self.log.line(f"warning: the bill of materials will not tell the hashes of all wheels: {exc}")
+            return {}
+
     async def install(self, lock: Lock, folder: Path) -> dict[str, Any]:
         """uv unpacks the wheels, and they become layers."""
-        root = await uv.install(lock, self.doc.python_version, self.doc.platform, folder, self.log)
+        root, wheels = await store.together([
+            uv.install(lock, self.doc.python_version, self.doc.platform, folder, self.log), self.wheels(lock, folder)])
+        assert isinstance(root, Path) and isinstance(wheels, dict)
         try:
             found = await asyncio.to_thread(distributions, root, self.doc.python_version)
         except (KeyError, ValueError, csv.Error, FileNotFoundError) as exc:
@@ -110,13 +126,32 @@ class Environments:
 
         layers = await store.together([one(n, title, entries) for n, (title, entries) in enumerate(groups)])
         await asyncio.to_thread(self.cache.prune)
-        packages = [{"name": d.name, "version": d.version, "license": d.license} for d in found]
+        packages = [d.told(wheel_of(d, lock, wheels)) for d in found]
         return {"layers": store.pack(layers), "packages": packages}
 
     def keep(self, layer: Layer, out: Path) -> None:
         """A layer's file goes to the cache. Blocking."""
         self.cache.keep(BLOBS, _hex(layer), lambda beside: move(out, beside))
         out.unlink(missing_ok=True)
+
+
+def wheel_of(found: Distribution, lock: Lock, wheels: Mapping[str, str]) -> str:
+    """The sha256 of the wheel that was installed: its name, version and tags are those of the distribution, and the
+    lock has its hash. "" when that is not clear."""
+    name = canonicalize_name(found.name)
+    allowed = {h for pin in lock.pins if pin.name == name for h in pin.hashes}
+    if len(allowed) == 1:
+        return allowed.pop()
+    fit: dict[str, frozenset[str]] = {}
+    for file, sha256 in wheels.items():
+        try:
+            of, _, _, tags = parse_wheel_filename(file)
+        except (InvalidWheelFilename, InvalidVersion):
+            continue
+        if of == name and f"sha256:{sha256}" in allowed:
+            fit[f"sha256:{sha256}"] = frozenset(map(str, tags))
+    same = [digest for digest, tags in fit.items() if tags == found.tags] if len(fit) > 1 else list(fit)
+    return same[0] if len(same) == 1 else ""
 
 
 def move(source: Path, target: Path) -> None:

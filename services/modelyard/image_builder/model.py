@@ -128,12 +128,12 @@ def building(doc: Image, now: datetime) -> Step | None:
 
 
 def built(doc: Image, now: datetime, *, digest: str, size: int, lock_digest: str, python: str) -> Step:
-    """The image is in the store."""
+    """The image is in the store. Due once more: what is said of it is attached to it then."""
     if doc.deleting:
         return _again(doc, now)
     done = doc.evolve(
         phase="ready", digest=digest, size=size, lock_digest=lock_digest, python=python, reason=None, updated=now,
-        observed_generation=doc.generation,
+        observed_generation=doc.generation, due=now,
         conditions=_with(doc, _condition("Built", "True", "Built", f"{digest}, {size} bytes", now)))
     return done, (Fact("image.built"),)
 

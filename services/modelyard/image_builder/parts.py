@@ -45,7 +45,7 @@ def code_layer() -> Made:
 
 def about_layer(said: bytes) -> Made:
     """``image.json`` alone: it changes with every model, and is small. Blocking."""
-    return made("about", tar([Entry(f"{HOME}/image.json", said)]))
+    return made("about", tar([Entry(f"{HOME}/image.json", said)]), gzip=True)
 
 
 def made(title: str, pieces: Iterable[bytes], *, gzip: bool = False, into: Path | None = None) -> Made:

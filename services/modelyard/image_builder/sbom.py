@@ -6,29 +6,49 @@ Written here instead of by a library: it is one JSON object, and a library would
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from packaging.utils import canonicalize_name
 
+from ..core.version import __version__
 from .bases import Base
 from .config import encode
 from .model import Image, ModelInput
+from .tarring import Layer
+
+MEDIA_TYPE = "application/vnd.cyclonedx+json"
 
 
-def sbom(image: Image, digest: str, packages: Sequence[dict[str, str]], base: Base | None = None) -> bytes:
-    """``packages``: ``{"name", "version", "license"}`` of every distribution inside. Of a base only its name and digest
-    are told."""
+@dataclass(frozen=True)
+class Contents:
+    """What an image holds. ``packages``: ``{"name", "version"}`` of every distribution inside, ``sha256`` of its wheel,
+    and ``expression`` (SPDX) or ``license`` (as its metadata has it) where they are known. ``server`` is the layer of
+    our own code. Of a base only its name and digest are told."""
+
+    packages: Sequence[Mapping[str, str]]
+    server: Layer
+    lock_digest: str
+    base: Base | None = None
+
+
+def sbom(image: Image, digest: str, holds: Contents) -> bytes:
+    """The document."""
     root = f"image:{digest}"
-    parts = [*map(_package, packages), *map(_model, image.inputs), *([_base(base)] if base is not None else ())]
+    parts = [*map(_package, holds.packages), _server(holds.server), *map(_model, image.inputs),
+             *([_score(image.score)] if image.score else ()), *([_base(holds.base)] if holds.base is not None else ())]
+    said = {"lock": holds.lock_digest, "platform": image.platform, "python": image.python_version}
     return encode({
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1,
         "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, digest)}",
-        "metadata": {"component": {
-            "bom-ref": root, "type": "container", "name": image.name, "version": image.tag,
-            "hashes": [_hash(digest)]}},
+        "metadata": {
+            "tools": {"components": [{"type": "application", "name": "modelyard", "version": __version__}]},
+            "component": {"bom-ref": root, "type": "container", "name": image.name, "version": image.tag,
+                          "hashes": [_hash(digest)], "properties": _properties(said)}},
         "components": parts,
-        "dependencies": [{"ref": root, "dependsOn": [p["bom-ref"] for p in parts]}],
+        "dependencies": [{"ref": root, "dependsOn": sorted(p["bom-ref"] for p in parts)}],
     })
 
 
@@ -36,13 +56,31 @@ def _hash(digest: str) -> dict[str, str]:
     return {"alg": "SHA-256", "content": digest.removeprefix("sha256:")}
 
 
-def _package(found: dict[str, str]) -> dict[str, Any]:
-    purl = f"pkg:pypi/{canonicalize_name(found['name'])}@{found['version']}"
-    out: dict[str, Any] = {"bom-ref": purl, "type": "library", "name": found["name"], "version": found["version"],
-                           "purl": purl}
-    if found.get("license"):
+def _properties(said: Mapping[str, str | None]) -> list[dict[str, str]]:
+    return [{"name": f"modelyard:{name}", "value": value} for name, value in sorted(said.items()) if value]
+
+
+def _package(found: Mapping[str, str]) -> dict[str, Any]:
+    name = canonicalize_name(found["name"])
+    out: dict[str, Any] = {"bom-ref": name, "type": "library", "name": found["name"], "version": found["version"],
+                           "purl": f"pkg:pypi/{name}@{found['version'].replace('+', '%2B')}"}
+    if found.get("sha256"):
+        out["hashes"] = [_hash(found["sha256"])]
+    if found.get("expression"):
+        out["licenses"] = [{"expression": found["expression"]}]
+    elif found.get("license"):
         out["licenses"] = [{"license": {"name": found["license"]}}]
     return out
+
+
+def _server(layer: Layer) -> dict[str, Any]:
+    """The layer that it is, so that it can be found in the image."""
+    return {"bom-ref": "scoring-server:", "type": "application", "name": "modelyard-scoring-server",
+            "version": __version__, "hashes": [_hash(layer.digest)]}
+
+
+def _score(digest: str) -> dict[str, Any]:
+    return {"bom-ref": "score:", "type": "application", "name": "scoring file", "hashes": [_hash(digest)]}
 
 
 def _base(base: Base) -> dict[str, Any]:
@@ -50,5 +88,7 @@ def _base(base: Base) -> dict[str, Any]:
 
 
 def _model(model: ModelInput) -> dict[str, Any]:
+    said = _properties({"framework": model.framework, "framework_version": model.framework_version})
     return {"bom-ref": f"model:{model.id}", "type": "machine-learning-model", "name": model.name,
-            "version": str(model.version), "hashes": [_hash(model.artifact)]}
+            "version": str(model.version), "hashes": [_hash(model.artifact)],
+            **({"properties": said} if said else {})}

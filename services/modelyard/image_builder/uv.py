@@ -8,9 +8,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from ..core.errors import BuildFailed
 from .locks import Lock, read_lock
@@ -68,6 +71,24 @@ async def install(lock: Lock, python: str, platform: str, folder: Path, log: Bui
               "--require-hashes", "--no-deps", "--no-compile-bytecode", *QUIET, *target(python, platform)],
               folder, INSTALL_S, log)
     return into
+
+
+async def wheels(lock: Lock, python: str, platform: str, folder: Path, log: BuildLog) -> dict[str, str]:
+    """The wheels that ``install`` may take, by file name, with their sha256. BuildFailed when the index, which was
+    there for the installation, does not tell."""
+    listed, told = folder / "installed.lock", folder / "pylock.toml"
+    await asyncio.to_thread(listed.write_text, lock.text, "utf-8")
+    await run("looking up the wheels", ["pip", "compile", listed.name, "--format", "pylock.toml", "--output-file",
+              told.name, "--no-deps", "--no-header", "--no-annotate", "--quiet", *QUIET, *target(python, platform)],
+              folder, RESOLVE_S, log)
+    found = tomllib.loads(await asyncio.to_thread(told.read_text, "utf-8"))
+    each = [wheel for one in found.get("packages", ()) for wheel in one.get("wheels", ())]
+    return {_file_name(wheel): str(wheel.get("hashes", {}).get("sha256", "")) for wheel in each}
+
+
+def _file_name(wheel: Mapping[str, Any]) -> str:
+    given = wheel.get("name") or urlsplit(str(wheel.get("url") or wheel.get("path"))).path
+    return unquote(str(given).rpartition("/")[2])
 
 
 async def run(what: str, arguments: Sequence[str], folder: Path, seconds: float, log: BuildLog) -> None:

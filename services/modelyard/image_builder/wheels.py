@@ -10,6 +10,7 @@ import csv
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +18,8 @@ from ..core.errors import BuildFailed
 from .tarring import Entry
 
 LARGE = 5_000_000
+LONGEST = 120
+"""Of a license's name: older packages put the whole text there."""
 NOTES = frozenset({"INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json", "uv_build.json"})
 
 
@@ -26,9 +29,17 @@ class Distribution:
 
     name: str
     version: str
-    license: str
+    license: tuple[str, str]
+    """``expression`` (SPDX) or ``license`` (a name), and what the metadata says; ("", "") where it says nothing."""
+    tags: frozenset[str]
+    """Of its wheel: ``cp311-cp311-manylinux_2_28_x86_64``."""
     size: int
     entries: tuple[Entry, ...]
+
+    def told(self, sha256: str) -> dict[str, str]:
+        """For the bill of materials. ``sha256`` of its wheel, "" where it is not known."""
+        said = {"name": self.name, "version": self.version, "sha256": sha256, self.license[0]: self.license[1]}
+        return {key: value for key, value in said.items() if key and value}
 
 
 def site_packages(python: str) -> str:
@@ -69,7 +80,15 @@ def _distribution(root: Path, info: Path, python: str) -> Distribution:
         size += status.st_size
         entries.append(Entry(f"{prefix}/{name}", path, executable=bool(status.st_mode & 0o100)))
     entries.append(Entry(f"{prefix}/{info.name}/RECORD", _record(kept, info.name)))
-    return Distribution(about["Name"], about["Version"], _license(about), size, tuple(entries))
+    return Distribution(about["Name"], about["Version"], _license(about), _tags(info), size, tuple(entries))
+
+
+def _tags(info: Path) -> frozenset[str]:
+    try:
+        wheel = HeaderParser().parsestr((info / "WHEEL").read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        return frozenset()
+    return frozenset(tag.strip() for tag in wheel.get_all("Tag") or ())
 
 
 def _belongs(name: str, info: str) -> bool:
@@ -89,9 +108,9 @@ def _record(kept: list[list[str]], info: str) -> bytes:
     return out.getvalue().encode()
 
 
-def _license(about: object) -> str:
-    get, every = about.get, about.get_all  # type: ignore[attr-defined]
-    if expression := get("License-Expression"):
-        return str(expression)
-    named = [c.rpartition(" :: ")[2] for c in every("Classifier") or () if c.startswith("License :: ")]
-    return ", ".join(n for n in named if n != "OSI Approved")
+def _license(about: Message) -> tuple[str, str]:
+    if expression := about.get("License-Expression"):
+        return "expression", str(expression)
+    named = [c.rpartition(" :: ")[2] for c in about.get_all("Classifier") or () if c.startswith("License :: ")]
+    plain = ", ".join(n for n in named if n != "OSI Approved") or str(about.get("License") or "").strip()
+    return ("license", plain.splitlines()[0][:LONGEST]) if plain else ("", "")

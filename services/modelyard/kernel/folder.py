@@ -10,6 +10,8 @@ from pathlib import Path
 from ..core.errors import Conflict, Invalid
 
 VERSION = "1"
+SIGNING_KEY = "signing.key"
+"""May lie in a folder before it is ours: its owner wants images signed by it."""
 
 
 def prepare(data: Path) -> None:
@@ -37,7 +39,7 @@ def prepare(data: Path) -> None:
 def _ours(data: Path) -> None:
     """A folder without VERSION must be empty: nobody's home folder is taken over (and closed to others) by mistake.
     VERSION is always written first, so another process that is just starting here is not taken for a stranger."""
-    strange = [name for name in os.listdir(data) if not name.startswith(".VERSION.")]
+    strange = [name for name in os.listdir(data) if not name.startswith(".VERSION.") and name != SIGNING_KEY]
     if strange and not (data / "VERSION").exists():
         raise Invalid(f"the folder {data} is not empty and not a data folder of Modelyard (it holds "
                       f"'{sorted(strange)[0]}'); name an empty or a new folder with --data", code="data-folder",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from ..core.attest import PublicKey
 from . import Port
 
 
@@ -71,6 +72,10 @@ class DeploymentTarget(Port):
     needs_base: ClassVar[bool] = True
     """Whether an image must bring its operating system (its ``base``). Not where replicas are processes of a machine
     that has one: there an image with a base runs as well, without it."""
+
+    signed_by: Sequence[PublicKey] = ()
+    """Only images whose provenance one of these keys signed may run here; none: any may. The deployer sees to it. Every
+    target's URL may set it: ``?require_signed=/etc/modelyard/yard.pub``, a file of public keys."""
 
     @abstractmethod
     async def apply(self, workload: Workload) -> Observed:

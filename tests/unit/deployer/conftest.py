@@ -77,8 +77,8 @@ class Desk:
 
 
 @asynccontextmanager
-async def desk_on(data: Path) -> AsyncIterator[Desk]:
-    settings = await asyncio.to_thread(load, data=data, port=0)
+async def desk_on(data: Path, **more: Any) -> AsyncIterator[Desk]:
+    settings = await asyncio.to_thread(load, data=data, port=0, **more)
     async with opened(settings) as node, aiohttp.ClientSession() as session:
         work = asyncio.create_task(node.work())
         try:

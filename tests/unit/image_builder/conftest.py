@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -100,6 +101,20 @@ class Yard:
         spec = {"score": await self.upload(SCORE), "lock": await self.upload(b""), **spec}
         return await self.over((await self.post(name=name, **spec))["id"])
 
+    async def attached(self, id: str) -> list[dict[str, Any]]:
+        """What is attached to an image in its store, once all of it is: entries of the index, of any version."""
+        name, _, version = id.partition(":")
+        doc = (await self.call("GET", f"/v1/images/{id}")).json
+        found: list[dict[str, Any]] = []
+
+        async def there() -> bool:
+            raw = await self.images.images.get_manifest(name, doc["digest"].replace(":", "-"))
+            found[:] = json.loads(raw[0])["manifests"] if raw else []
+            return sum(e["annotations"]["io.modelyard.image"] == f"{name}:{version}" for e in found) == 2
+
+        await self.until(there)
+        return found
+
     async def gone(self, id: str) -> None:
         """Returns once a deleted image is a tombstone."""
         for _ in range(400):
@@ -170,6 +185,14 @@ async def running(data: Path) -> AsyncIterator[Yard]:
         for h in hosted:
             await h.context.store.close()
         await bus.close()
+
+
+def check_bill(bill: Any) -> Any:
+    """What the CycloneDX 1.6 schema has against a bill of materials; None: nothing."""
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    return JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill))
 
 
 @pytest.fixture

@@ -100,12 +100,16 @@ async def test_the_base_lies_below_and_the_config_is_composed(yard: Yard, layout
     assert kinds[:2] == [f"{OCI}.layer.v1.tar+gzip"] * 2 and not any("zstd" in kind for kind in kinds)
     assert manifest["config"]["mediaType"] == f"{OCI}.config.v1+json"
     assert len(config["rootfs"]["diff_ids"]) == len(config["history"]) == len(manifest["layers"])
+    labels = config["config"].pop("Labels")
+    assert labels["io.modelyard.env"] == '{"COLOUR":"red","ORT_DISABLE_TELEMETRY":"1"}'
+    assert labels["org.opencontainers.image.base.name"] == base
+    assert labels["org.opencontainers.image.base.digest"] == manifest["annotations"][
+        "org.opencontainers.image.base.digest"]
     assert config["config"] == {
         "User": "10001", "WorkingDir": "/opt/modelyard", "Cmd": ["serve"],
         "Entrypoint": ["/usr/bin/python3.11", "-I", "-S", "/opt/modelyard/launch.py"],
         "Env": ["COLOUR=red", "LANG=C.UTF-8", "ORT_DISABLE_TELEMETRY=1", "PATH=/usr/local/bin:/usr/bin"],
-        "ExposedPorts": {"8080/tcp": {}, "8081/tcp": {}},
-        "Labels": {"io.modelyard.env": '{"COLOUR":"red","ORT_DISABLE_TELEMETRY":"1"}'}}
+        "ExposedPorts": {"8080/tcp": {}, "8081/tcp": {}}}
     assert doc["size"] > sum(part["size"] for part in manifest["layers"])
     bill = json.loads((await yard.call("GET", f"/v1/images/{doc['id']}/sbom")).raw)
     assert bill["components"][-1]["name"] == base
@@ -114,7 +118,7 @@ async def test_the_base_lies_below_and_the_config_is_composed(yard: Yard, layout
     recipe = (await yard.call("GET", f"/v1/images/{doc['id']}/context")).raw
     with tarfile.open(fileobj=io.BytesIO(recipe)) as archive:
         assert not any(name.startswith(("usr", "etc")) for name in archive.getnames())
-        assert f"--build-context base={base}" in archive.extractfile("Containerfile").read().decode()
+        assert f"--build-context base={base}" in archive.extractfile("Dockerfile").read().decode()
 
 
 async def test_a_second_build_finds_the_base_in_the_store(yard: Yard, layout: Layout) -> None:

@@ -84,7 +84,8 @@ async def test_a_fresh_data_folder_builds_the_same_from_the_cache(tmp_path: Path
     uncached = await environment(tmp_path / "c", lock, Cache(tmp_path / "another"))
     assert (first.cached, second.cached, uncached.cached) == (False, True, False)
     assert first.layers == second.layers == uncached.layers and first.layers
-    assert first.packages == second.packages == uncached.packages == [{"name": "tiny", "version": "1.0", "license": ""}]
+    assert first.packages == second.packages == uncached.packages == [
+        {"name": "tiny", "version": "1.0", "sha256": lock.pins[0].hashes[0]}]
 
 
 @pytest.mark.parametrize("what", ["blob", "blob gone", "memo", "memo gone"])

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import SCORE, Yard, running
+from modelyard.image_builder.locks import read_lock
+
+from .conftest import SCORE, Yard, check_bill, running
 
 pytestmark = pytest.mark.slow
 PROBE = """
@@ -53,6 +55,20 @@ async def build(yard: Yard, iris: tuple[bytes, str], **spec: object) -> dict:
     return doc
 
 
+async def every_package_is_told(yard: Yard, bill: dict) -> None:
+    """Each line of the lock, with the hash of the one wheel that was taken, and a licence."""
+    told = {c["name"].lower().replace("_", "-"): c for c in bill["components"] if c["type"] == "library"}
+    lock = read_lock((await yard.call("GET", "/v1/images/again/lock")).raw.decode())[0]
+    assert {"numpy", "grpcio", "skops", "scikit-learn"} <= told.keys() == {pin.name for pin in lock.pins}
+    assert any(len(pin.hashes) > 1 for pin in lock.pins)
+    for pin in lock.pins:
+        one = told[pin.name]
+        assert one["purl"] == f"pkg:pypi/{pin.name}@{one['version']}"
+        assert one.get("licenses") or pin.name == "skops", one  # whose metadata only names a file
+        assert f"sha256:{one['hashes'][0]['content']}" in pin.hashes
+    assert check_bill(bill) is None
+
+
 async def unpack(yard: Yard, root: Path, repo: str, tag: str) -> None:
     """As any OCI tool would: layer over layer."""
     manifest = json.loads((await yard.images.images.get_manifest(repo, tag))[0])
@@ -81,7 +97,7 @@ async def test_a_flavour_image_is_whole_and_the_same_in_every_place(
             log = (await yard.call("GET", "/v1/images/again/log")).raw.decode()
             assert "layers of an earlier build" in log and "uv:" not in log
             bill = json.loads((await yard.call("GET", "/v1/images/again/sbom")).raw)
-            assert {"numpy", "grpcio", "skops"} <= {c["name"] for c in bill["components"]}
+            await every_package_is_told(yard, bill)
             await unpack(yard, tmp_path / "root", "iris-scorer", "1")
     assert len(set(digests)) == 1
     root = tmp_path / "root"
