@@ -31,7 +31,7 @@ class Admin:
         await self._http.close()
 
     async def _livez(self, request: web.Request) -> web.Response:
-        return self._state(200)
+        return self._state(503 if self._plane.stuck else 200)
 
     async def _readyz(self, request: web.Request) -> web.Response:
         return self._state(200 if self._plane.ready else 503)
@@ -45,5 +45,6 @@ class Admin:
 
     def _state(self, status: int) -> web.Response:
         plane = self._plane
-        body = {"ready": plane.ready, "draining": plane.draining, "in_flight": plane.metrics.in_flight}
+        body = {"ready": plane.ready, "draining": plane.draining, "in_flight": plane.metrics.in_flight,
+                "stuck": plane.stuck}
         return web.Response(body=orjson.dumps(body), status=status, content_type="application/json")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,10 @@ class ScoringFailed(ModelyardError):
     """Scoring code raised; the message is the exception's own."""
 
     code = "scoring-failed"
+
+
+class WrongRows(ScoringFailed):
+    """What scoring code returned for several calls cannot be given back to them: all of them have failed."""
 
 
 class Cancelled(ModelyardError):
@@ -137,6 +141,16 @@ class Plane(ABC):
     """What a transport needs of the data plane: nothing more, so that another transport can be added."""
 
     deployment: str
+
+    @abstractmethod
+    def submit(self, call: Call, done: Callable[[Answer], None]) -> Any:
+        """Takes a call in; ``done`` is called once, in the event loop, after capture has the call (of a refused one
+        at once, before this returns). Never raises. Calls of one turn of the loop may be answered together. Gives
+        back what ``cancel`` takes."""
+
+    @abstractmethod
+    def cancel(self, submitted: Any) -> None:
+        """The caller of a submitted call went away: what was not begun never runs. ``done`` is called all the same."""
 
     @abstractmethod
     async def handle(self, calls: Sequence[Call]) -> list[Answer]:
