@@ -7,8 +7,10 @@ Messages (whole requests and responses) are in ``inference.py``. numpy is import
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,8 @@ WIRE: dict[str, str] = {"uint_contents": "u4", "int_contents": "i4"}
 ITEM: dict[str, int] = {name: 2 if name == "BF16" else int(dtype[1:] or 1) if dtype != "?" else 1
                         for name, dtype in DTYPES.items() if name != "BYTES"}
 MAX_RANK = 32
+MOST = 2**40
+LITTLE = sys.byteorder == "little"
 
 
 @dataclass(slots=True)
@@ -64,30 +68,51 @@ def count(name: str, datatype: str, shape: Sequence[int]) -> int:
         raise bad(name, f"datatype '{datatype}' is unknown; use one of {', '.join(DTYPES)}")
     if len(shape) > MAX_RANK:
         raise bad(name, f"{len(shape)} dimensions are more than {MAX_RANK}")
+    total = 1
     for size in shape:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        if type(size) is not int or size < 0:
             raise bad(name, f"shape {list(shape)} must be whole numbers of 0 or more")
-    total = math.prod(shape)
-    if total > 2**40 or max(shape, default=0) > 2**40:
+        total *= size
+    if total > MOST or (total == 0 and max(shape) > MOST):
         raise bad(name, f"shape {list(shape)} holds too many elements")
     return total
 
 
 def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Array:
     """Raw contents (little-endian, row-major) → array; fixed-size types share ``raw``'s memory, read-only."""
-    import numpy as np
-
+    shape = tuple(shape)
     total = count(name, datatype, shape)
     if datatype == "BYTES":
         return objects(name, _frames(name, raw), shape)
     if len(raw) != total * ITEM[datatype]:
         raise bad(name, f"{datatype} of shape {list(shape)} needs {total * ITEM[datatype]} raw bytes, not {len(raw)}")
+    import numpy as np
+
     if datatype == "BF16":
         upper = np.frombuffer(raw, "<u2").astype(np.uint32) << 16
-        return upper.view(np.float32).reshape(tuple(shape))
+        return upper.view(np.float32).reshape(shape)
     if datatype == "BOOL":
-        return np.frombuffer(raw, "u1").astype(np.bool_).reshape(tuple(shape))
-    return np.frombuffer(raw, "<" + DTYPES[datatype]).reshape(tuple(shape))
+        return np.frombuffer(raw, "u1").astype(np.bool_).reshape(shape)
+    array: Array = np.ndarray(shape, _stored()[datatype], raw)
+    return array
+
+
+@functools.cache
+def _stored() -> dict[str, Any]:
+    """Datatype → numpy's dtype of its raw contents."""
+    import numpy as np
+
+    return {name: np.dtype("<" + dtype) for name, dtype in DTYPES.items() if name != "BYTES"}
+
+
+@functools.cache
+def _told() -> dict[str, str]:
+    """Type characters of arrays that are as the protocol wants them, byte order apart → datatype."""
+    import numpy as np
+
+    chars = {char: np.dtype(char) for char in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}
+    found = {char: "?" if dtype.kind == "b" else f"{dtype.kind}{dtype.itemsize}" for char, dtype in chars.items()}
+    return {char: DATATYPES[short] for char, short in found.items() if short in DATATYPES}
 
 
 def to_raw(tensor: Tensor) -> bytes:
@@ -214,6 +239,10 @@ def to_wire(name: str, array: Any) -> tuple[Array, str]:
     """
     import numpy as np
 
+    if LITTLE and type(array) is np.ndarray and array.flags.c_contiguous and array.dtype.isnative:
+        told = _told().get(array.dtype.char)
+        if told is not None:
+            return array, told
     array = np.ascontiguousarray(array).reshape(np.shape(array))
     kind = array.dtype.kind
     if kind in "SUOMm":

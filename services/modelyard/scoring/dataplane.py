@@ -49,7 +49,7 @@ class Log(Protocol):
 
 def new_id() -> str:
     """A prediction id: 32 hexadecimal digits that sort by time."""
-    return f"{time.time_ns() // 1_000_000:012x}{_dice.getrandbits(80):020x}"
+    return "%032x" % (time.time_ns() // 1_000_000 << 80 | _dice.getrandbits(80))
 
 
 class DataPlane(Plane):

@@ -31,12 +31,22 @@ class NotByRows(Exception):
     """What a model returned for joined calls has no row for each row it was given."""
 
 
-def measure(value: Any, more: Hashable = None) -> Part:
-    """The part that a value makes; ``more`` goes into the key."""
-    found = _measured(value)
-    if found is None or found[0] == 0:
-        return Part(value)
-    return Part(value, found[0], (more, found[1]))
+def measure(value: Any) -> Part:
+    """The part that a value makes."""
+    rows, key = _measured(value) or (0, None)
+    return Part(value, rows, (type(value), key)) if rows else Part(value)
+
+
+def measure_arrays(arrays: dict[str, Any], names: tuple[str, ...]) -> Part:
+    """The part that named arrays make, and the outputs that are asked of them; as ``(arrays, names)``."""
+    if len(arrays) == 1:
+        ((name, array),) = arrays.items()
+        shape = array.shape
+        if shape and shape[0]:
+            return Part((arrays, names), shape[0], (names, name, array.dtype.char, shape[1:]))
+        return Part((arrays, names))
+    rows, key = _measured_arrays(arrays) or (0, None)
+    return Part((arrays, names), rows, (names, key)) if rows else Part((arrays, names))
 
 
 def _measured(value: Any) -> tuple[int, Hashable] | None:
@@ -51,7 +61,7 @@ def _measured(value: Any) -> tuple[int, Hashable] | None:
     if _is_frame(value):
         return len(value), (tuple(value.columns), tuple(map(str, value.dtypes)))
     if _is_array(value):
-        return value.shape[0], (value.dtype.str, value.shape[1:])
+        return value.shape[0], (value.dtype.char, value.shape[1:])
     return None
 
 
@@ -61,7 +71,7 @@ def _measured_arrays(value: Mapping[str, Any]) -> tuple[int, Hashable] | None:
         if not _is_array(array) or (rows >= 0 and array.shape[0] != rows):
             return None
         rows = array.shape[0]
-        keys.append((name, array.dtype.str, array.shape[1:]))
+        keys.append((name, array.dtype.char, array.shape[1:]))
     return (rows, tuple(keys)) if keys else None
 
 

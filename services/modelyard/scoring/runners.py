@@ -15,7 +15,7 @@ from .arguments import as_array, body_of, columns_of, data_of, only, parse
 from .calls import Asked, ScoringFailed
 from .context import CURRENT
 from .image import Image, Model
-from .parts import NotByRows, Part, join, measure, row_wise, split
+from .parts import NotByRows, Part, join, measure_arrays, row_wise, split
 
 
 class Slot(NamedTuple):
@@ -82,8 +82,7 @@ class RowRunner(Runner):
         return self.predict(*self.arrays(asked))
 
     def prepare(self, asked: Asked) -> Part:
-        arrays, names = self.arrays(asked)
-        return measure(arrays, names)._replace(inputs=(arrays, names))
+        return measure_arrays(*self.arrays(asked))
 
     def one(self, part: Part) -> Any:
         return self.predict(*part.inputs)
