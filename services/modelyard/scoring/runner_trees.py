@@ -5,6 +5,7 @@ library's own ``Booster.predict`` gives: probabilities, values or ranks, as its 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,9 @@ class BoosterRunner(RowRunner):
         try:
             return Outputs(predict=np.asarray(self._predict(arrays["input-0"])))
         except (ValueError, TypeError) as exc:
-            raise Invalid(f"the model refuses the input: {exc}") from exc
+            raise Invalid(f"the model refuses the input: {_first_line(exc)}") from exc
         except Exception as exc:
-            raise ScoringFailed(f"the model failed: {type(exc).__name__}: {exc}") from exc
+            raise ScoringFailed(f"the model failed: {_first_line(exc)}") from exc
 
 
 def lightgbm_runner(model: Model) -> Runner:
@@ -73,11 +74,18 @@ def xgboost_runner(model: Model) -> Runner:
     except ImportError as exc:
         raise CannotStart(f"model {model.id} needs the package xgboost-cpu (or xgboost): add it to the "
                           "requirements") from exc
-    loaded = _loaded(model, lambda path: xgboost.Booster(model_file=path))
+    loaded = _loaded(model, lambda path: _booster(xgboost, path))
     if not isinstance(loaded, xgboost.Booster):
         return _estimator(model, loaded, "xgboost")
     loaded.set_param({"nthread": cores()})
     return BoosterRunner("xgboost", loaded.num_features(), loaded.inplace_predict)
+
+
+def _booster(xgboost: Any, path: str) -> Any:
+    """By the file's content: told only the name, XGBoost goes by its ending."""
+    booster = xgboost.Booster()
+    booster.load_model(bytearray(Path(path).read_bytes()))
+    return booster
 
 
 def _loaded(model: Model, native: Callable[[str], Any]) -> Any:
@@ -86,7 +94,12 @@ def _loaded(model: Model, native: Callable[[str], Any]) -> Any:
     try:
         return native(str(model.path))
     except Exception as exc:
-        raise CannotStart(f"model {model.id} cannot be loaded: {str(exc).strip() or type(exc).__name__}") from exc
+        raise CannotStart(f"model {model.id} cannot be loaded: {_first_line(exc)}") from exc
+
+
+def _first_line(exc: Exception) -> str:
+    """Both libraries append stack traces of their own to what they say."""
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0]
 
 
 def _estimator(model: Model, loaded: Any, platform: str) -> Runner:
