@@ -22,6 +22,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import itertools
+
 import joblib
 import numpy as np
 import uvloop
@@ -47,7 +49,7 @@ SCORE = "import numpy as np\ndef {name}(data: np.ndarray):\n    return data.sum(
 def mlp(path: Path) -> None:
     """A perceptron of 1.07 million parameters."""
     dice, nodes, weights, last = np.random.default_rng(1), [], [], "x"
-    for n, (wide, out) in enumerate(zip(LAYERS, LAYERS[1:], strict=False)):
+    for n, (wide, out) in enumerate(itertools.pairwise(LAYERS)):
         for name, values in ((f"w{n}", dice.normal(0, 0.05, (wide, out))), (f"b{n}", dice.normal(0, 0.05, out))):
             weights.append(numpy_helper.from_array(values.astype(np.float32), name))
         nodes.append(helper.make_node("Gemm", [last, f"w{n}", f"b{n}"], [f"g{n}"]))
@@ -65,7 +67,8 @@ def cases(folder: Path) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
     """Name → (what the image holds, a call's array)."""
     x, y = load_iris(return_X_y=True)
     found: dict[str, tuple[dict[str, Any], np.ndarray]] = {}
-    for name, estimator in (("lr", LogisticRegression(max_iter=200)), ("rf-100", RandomForestClassifier(100, n_jobs=1))):
+    estimators = {"lr": LogisticRegression(max_iter=200), "rf-100": RandomForestClassifier(100, n_jobs=1)}
+    for name, estimator in estimators.items():
         joblib.dump(estimator.fit(x, y), folder / f"{name}.joblib")
         model = {"name": "m", "version": 1, "file": folder / f"{name}.joblib", "trusted": True}
         found[name] = {"models": [model]}, x[:1]
@@ -163,7 +166,8 @@ async def main() -> None:
         if args.profile:
             await profile(folder, *found[args.profile])
             return
-        print(f"{CALLERS} callers; median of {ROUNDS} rounds of {SECONDS:g} s; capture {'on' if args.capture else 'off'}")
+        capture = "on" if args.capture else "off"
+        print(f"{CALLERS} callers; median of {ROUNDS} rounds of {SECONDS:g} s; capture {capture}")
         for name, (held, array) in found.items():
             if not args.only or name == args.only:
                 await compare(name, folder, held, array, args.capture)

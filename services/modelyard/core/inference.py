@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import Invalid
-from .tensors import FIELDS, Tensor, bad, fill_typed, from_json, from_raw, from_typed, to_json, to_raw
+from .tensors import FIELDS, Tensor, bad, fill_typed, from_json, from_raw, from_typed, to_json, to_raw, varint
 
 if TYPE_CHECKING:
     from ..wire.inference_pb2 import ModelInferRequest, ModelInferResponse
@@ -30,7 +30,6 @@ ModelStreamInferResponse."""
 JSON = "application/json"
 BINARY = "application/octet-stream"
 """A v2 REST body with the binary tensor extension; captured as ``BINARY; header-length=N``, N bytes of JSON first."""
-SMALL = tuple(bytes((n,)) for n in range(128))
 
 
 @dataclass(slots=True)
@@ -173,17 +172,17 @@ def response_bytes(answer: Inference) -> bytes:
     pieces = [_names(answer.model, answer.version)]
     if answer.id:
         given = answer.id.encode()
-        pieces += (b"\x1a", _varint(len(given)), given)
+        pieces += (b"\x1a", varint(len(given)), given)
     pieces.append(_outputs(tuple((t.name, t.datatype, t.array.shape) for t in answer.tensors)))
     for tensor in answer.tensors:
         raw = to_raw(tensor)
-        pieces += (b"\x32", _varint(len(raw)), raw)
+        pieces += (b"\x32", varint(len(raw)), raw)
     return b"".join(pieces)
 
 
 def streamed(response: bytes) -> bytes:
     """A ModelInferResponse's bytes inside those of a ModelStreamInferResponse."""
-    return b"".join((b"\x12", _varint(len(response)), response))
+    return b"".join((b"\x12", varint(len(response)), response))
 
 
 @functools.lru_cache(1024)
@@ -197,17 +196,6 @@ def _outputs(tensors: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
     for name, datatype, shape in tensors:
         message.outputs.add(name=name, datatype=datatype, shape=shape)
     return cast(bytes, message.SerializeToString())
-
-
-def _varint(number: int) -> bytes:
-    if number < 128:
-        return SMALL[number]
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
 
 
 # JSON -----------------------------------------------------------------------------------------------------------

@@ -36,6 +36,9 @@ FIELDS: dict[str, str] = {
 """Datatype → its field of InferTensorContents; FP16 and BF16 have none: they travel raw."""
 WIRE: dict[str, str] = {"uint_contents": "u4", "int_contents": "i4"}
 """Fields that hold several datatypes → what the field itself holds."""
+PACKED: dict[str, bytes] = {"BOOL": b"\x0a", "FP32": b"\x32", "FP64": b"\x3a"}
+"""Datatype → the tag of its field, where the field's packed elements are the array's own bytes."""
+SMALL = tuple(bytes((n,)) for n in range(128))
 ITEM: dict[str, int] = {name: 2 if name == "BF16" else int(dtype[1:] or 1) if dtype != "?" else 1
                         for name, dtype in DTYPES.items() if name != "BYTES"}
 MAX_RANK = 32
@@ -73,7 +76,7 @@ def count(name: str, datatype: str, shape: Sequence[int]) -> int:
         if type(size) is not int or size < 0:
             raise bad(name, f"shape {list(shape)} must be whole numbers of 0 or more")
         total *= size
-    if total > MOST or (total == 0 and max(shape) > MOST):
+    if total > MOST or (total == 0 and math.prod(size for size in shape if size) > MOST):  # numpy multiplies them too
         raise bad(name, f"shape {list(shape)} holds too many elements")
     return total
 
@@ -180,7 +183,24 @@ def _narrow(name: str, wide: Array, datatype: str) -> Array:
 
 def fill_typed(tensor: Tensor, contents: Any) -> None:
     """Puts the elements into an InferTensorContents. FP16 has no field: such a tensor is sent raw."""
-    getattr(contents, FIELDS[tensor.datatype]).extend(tensor.array.ravel().tolist())
+    tag = PACKED.get(tensor.datatype)
+    if tag is None:
+        getattr(contents, FIELDS[tensor.datatype]).extend(tensor.array.ravel().tolist())
+    elif tensor.array.size:
+        raw = tensor.array.tobytes()
+        contents.MergeFromString(b"".join((tag, varint(len(raw)), raw)))
+
+
+def varint(number: int) -> bytes:
+    """A length as protobuf writes it."""
+    if number < 128:
+        return SMALL[number]
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
 
 
 def from_json(name: str, datatype: str, shape: Sequence[int], data: Any) -> Array:

@@ -10,7 +10,7 @@ from typing import Any
 from .batches import execute_awaiting
 from .calls import ScoringFailed
 from .jobs import GIVEN_UP, Batch, Job, Outcome
-from .runners import Runner
+from .runners import Runner, log_failure
 
 CONCURRENT = 64
 """Calls that an async ``run`` may have under way at once."""
@@ -28,7 +28,7 @@ class AsyncWork:
         self._most = BATCHES if runner.batched else CONCURRENT
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._of: dict[Job, int] = {}
-        self._woken = False
+        self._woken = self._closed = False
         self._asyncio = asyncio.Runner()
 
     def __enter__(self) -> AsyncWork:
@@ -40,8 +40,12 @@ class AsyncWork:
         self._asyncio.__exit__(*error)
 
     def run(self) -> None:
-        """Until ``close``."""
-        self._loop.run_forever()
+        """Until ``close``. A task that scoring code began may end with what asyncio lets through: SystemExit."""
+        while not self._closed:
+            try:
+                self._loop.run_forever()
+            except BaseException:  # noqa: BLE001 - it ended that task, and must not end the lane
+                log_failure()
 
     def wake(self) -> None:
         """There is something in the queue."""
@@ -54,6 +58,7 @@ class AsyncWork:
         self._loop.call_soon_threadsafe(self._cancel, job)
 
     def close(self) -> None:
+        self._closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _start_some(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from abc import ABC, abstractmethod
@@ -202,12 +203,18 @@ def named_inputs(asked: Asked, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def log_failure() -> ScoringFailed:
-    """The exception being handled, as the caller may see it; its traceback goes to the log only."""
+    """The exception being handled, as the caller may see it; its traceback goes to the log only. Never raises, though
+    what is raised may be anything, also something that cannot be told, and the log may be closed."""
     error = sys.exception() if hasattr(sys, "exception") else sys.exc_info()[1]
-    text = "".join(traceback.format_exception(error)) if error is not None else ""
     current = CURRENT.get()
     call = f"request {current.request_id}, prediction {current.prediction_id}" if current else "a call"
-    sys.stderr.write(f"modelyard: scoring failed, {call}\n{text}")
-    sys.stderr.flush()
-    said = str(error)
-    return ScoringFailed(f"{type(error).__name__}: {said}" if said else type(error).__name__)
+    with contextlib.suppress(Exception):
+        text = "".join(traceback.format_exception(error)) if error is not None else ""
+        sys.stderr.write(f"modelyard: scoring failed, {call}\n{text}")
+        sys.stderr.flush()
+    try:
+        said = str(error).encode("utf-8", "replace").decode()
+    except Exception:  # noqa: BLE001 - user code's own __str__
+        said = ""
+    name = type(error).__name__
+    return ScoringFailed(f"{name}: {said}" if said else name)

@@ -170,7 +170,8 @@ async def test_a_model_that_hangs_is_started_anew_with_that_reason(bench: Bench)
 
 
 async def test_scoring_code_that_ends_the_process_is_started_anew(bench: Bench) -> None:
-    seen = await bench.serve(score="import os\n\ndef run(data):\n    os._exit(7) if data['data'] else None\n    return 1\n")
+    exits = "import os\n\ndef run(data):\n    os._exit(7) if data['data'] else None\n    return 1\n"
+    seen = await bench.serve(score=exits)
     with pytest.raises((urllib.error.URLError, ConnectionError)):
         await asked(seen, "now")
     seen = await bench.until(lambda o: sum(r.restarts for r in o.replicas) == 1 and o.ready == 1)

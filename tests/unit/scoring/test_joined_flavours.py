@@ -17,7 +17,7 @@ from tests.unit.scoring.planes import grpc_call, open_plane
 IRIS = np.array([[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3], [5.9, 3.0, 4.2, 1.5]])
 
 
-def graph(path: Path, nodes: list[Any], inputs: dict[str, list[Any]], output: list[Any], kind: int = 1) -> dict[str, Any]:
+def graph(path: Path, nodes: list[Any], inputs: dict[str, list[Any]], output: list[Any]) -> dict[str, Any]:
     """An ONNX model: nodes as (operation, inputs, attributes), each feeding the next; the last one's output is y."""
     from onnx import helper, save_model
 
@@ -26,7 +26,7 @@ def graph(path: Path, nodes: list[Any], inputs: dict[str, list[Any]], output: li
         made.append(helper.make_node(operation, given, ["y" if n == len(nodes) - 1 else f"t{n}"], **attributes))
     model = helper.make_model(
         helper.make_graph(made, "g", [helper.make_tensor_value_info(k, 1, v) for k, v in inputs.items()],
-                          [helper.make_tensor_value_info("y", kind, output)]),
+                          [helper.make_tensor_value_info("y", 1, output)]),
         opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     save_model(model, path)
     return {"name": "m", "version": 1, "file": path}
@@ -44,7 +44,7 @@ def values(answers: list[Answer]) -> list[Any]:
 
 def sizes(plane: DataPlane) -> list[int]:
     """How many predictions answered 1, 2, up to 4, 8, 16 … calls."""
-    return [counts[:-1] for counts in plane.metrics._sizes._models.values()][0]
+    return next(counts[:-1] for counts in plane.metrics._sizes._models.values())
 
 
 async def asked_alone(plane: DataPlane, all_: list[Call]) -> list[Any]:
@@ -187,7 +187,7 @@ async def test_a_model_that_hangs_is_its_own_affair_until_it_is_the_replicas(
     monkeypatch.setenv("MODELYARD_STUCK_S", "0.3")
     slow = {"name": "slow", "version": 1, "file": slow_file, "trusted": True}
     async with open_plane(tmp_path, models=[two_models[0], slow], timeout_ms=100) as plane:
-        hanging = [grpc_call("slow", Tensor("x", np.array([[-1.0]]))), grpc_call("slow", Tensor("x", np.array([[1.0]])))]
+        hanging = [grpc_call("slow", Tensor("x", np.array([[value]]))) for value in (-1.0, 1.0)]
         task = asyncio.ensure_future(plane.handle(hanging))
         async with asyncio.timeout(20):
             while not task.done():
