@@ -167,15 +167,16 @@ def response_message(answer: Inference) -> ModelInferResponse:
 def response_bytes(answer: Inference) -> bytes:
     """A ModelInferResponse's bytes. Of a raw answer without parameters they are put together from pieces, of which
     only ``id`` and the contents are new each time: serialized messages, one behind the other, are one message."""
-    if not answer.raw or answer.parameters or any(t.parameters for t in answer.tensors):
+    tensors = answer.tensors
+    if not answer.raw or answer.parameters or any([t.parameters for t in tensors]):
         return response_message(answer).SerializeToString()
     pieces = [_names(answer.model, answer.version)]
     if answer.id:
         given = answer.id.encode()
         pieces += (b"\x1a", varint(len(given)), given)
-    pieces.append(_outputs(tuple((t.name, t.datatype, t.array.shape) for t in answer.tensors)))
-    for tensor in answer.tensors:
-        raw = to_raw(tensor)
+    pieces.append(_outputs(tuple([(t.name, t.datatype, t.array.shape) for t in tensors])))
+    for tensor in tensors:
+        raw = tensor.array.tobytes() if tensor.datatype != "BYTES" else to_raw(tensor)
         pieces += (b"\x32", varint(len(raw)), raw)
     return b"".join(pieces)
 

@@ -182,7 +182,7 @@ class DataPlane(Plane):
         job.asked = asked = call.codec.open(call)
         job.served, entry = table.find(asked.model or call.model or table.default, asked.version or call.version)
         lane = job.lane = entry.lane
-        if lane.waiting >= limits.max_queue:
+        if lane.waiting >= limits.max_queue and not lane.make_room():
             raise QueueFull(f"{limits.max_queue} calls wait for '{job.served.name}' already; try again soon",
                             retry_after=1)
         now = time.monotonic()

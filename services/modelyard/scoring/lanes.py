@@ -40,7 +40,7 @@ class Lane:
         self._planned: deque[Batch] = deque()  # of whoever works: the event loop's turn or the thread, never both
         self._running: dict[int, Batch] = {}
         self._working = False  # the thread does
-        self._turn_due = False
+        self._turn_due = self._turning = False
         self._large = 0
         self._typical_ns = INLINE_NS
         self._ended: deque[Batch] = deque()
@@ -74,9 +74,15 @@ class Lane:
             self._own.wake()
         elif working:
             self._watch(job)
-        elif not self._turn_due:
-            self._turn_due = True
-            self._loop.call_soon(self._turn)
+        else:
+            self._turn_soon()
+
+    def make_room(self) -> bool:
+        """The queue is full, of what one turn brought: where predictions are short, some of it is run right now."""
+        if self._turning or self._working or not self._is_short():
+            return False
+        self._turn()
+        return True
 
     def give_up(self, job: Job) -> None:
         """The event loop settles a job that is still queued or running. Queued: it will never be begun."""
@@ -105,21 +111,36 @@ class Lane:
     def _turn(self) -> None:
         """Runs what is queued here if that is short, else wakes the thread."""
         self._turn_due = False
-        runner = self.runner
-        assert runner is not None
         if self._working or not (self._queue or self._planned):
             return
-        if self._own is not None or not runner.inline or self._typical_ns >= INLINE_NS or self._large:
+        if not self._is_short():
             self._hand_over()
             return
+        self._turning = True
+        try:
+            self._run_here()
+        finally:
+            self._turning = False
+        if self._queue or self._planned:
+            self._turn_soon()
+
+    def _is_short(self) -> bool:
+        """Whether the next predictions may run on the event loop."""
+        return self.runner is not None and self.runner.inline and self._typical_ns < INLINE_NS and not self._large
+
+    def _run_here(self) -> None:
+        runner = self.runner
+        assert runner is not None
         end = time.perf_counter_ns() + INLINE_NS
         while (batch := self._next(runner)) is not None:
             self._process(runner, batch)
             if batch.jobs:
                 self._done((batch,))
             if time.perf_counter_ns() >= end:
-                break
-        if (self._queue or self._planned) and not self._turn_due:
+                return
+
+    def _turn_soon(self) -> None:
+        if not self._turn_due:
             self._turn_due = True
             self._loop.call_soon(self._turn)
 
@@ -139,9 +160,8 @@ class Lane:
             batches.append(self._ended.popleft())
         if batches:
             self._done(batches)
-        if not self._working and (self._queue or self._planned) and not self._turn_due and self._own is None:
-            self._turn_due = True
-            self._loop.call_soon(self._turn)
+        if not self._working and (self._queue or self._planned) and self._own is None:
+            self._turn_soon()
 
     # In the event loop or in the worker's thread ------------------------------------------------------------------
 

@@ -161,6 +161,18 @@ async def test_calls_of_one_turn_are_one_batch_on_the_event_loop(
         assert sum(sizes(plane)) == sizes(plane)[4], "ten by ten"
 
 
+async def test_a_burst_of_short_calls_is_no_overload(tmp_path: Path, two_models: list[dict[str, Any]]) -> None:
+    async with open_plane(tmp_path, models=two_models[1:], max_queue=8, max_batch_rows=4) as plane:
+        many = calls(*[IRIS[:1].astype("f4")] * 100)
+        for _ in range(500):  # until it shows how short they are
+            answers = await plane.handle(many)
+            assert {a.status for a in answers} <= {"OK", "RESOURCE_EXHAUSTED"}
+            if {a.status for a in answers} == {"OK"}:
+                break
+        assert {a.status for a in answers} == {"OK"}
+        assert len({a.prediction_id for a in answers}) == 100 and plane.metrics.in_flight == 0
+
+
 class Slow:
     """An estimator whose prediction takes until it is told, and knows who asked."""
 
