@@ -97,7 +97,7 @@ def read_tensors(entries: Sequence[Any], raws: Sequence[bytes], where: str) -> l
     if raws and len(raws) != len(entries):
         raise Invalid(f"{where} has {len(raws)} entries for {len(entries)} tensors; it needs one for each")
     tensors: list[Tensor] = []
-    for position, entry in enumerate(entries):
+    for position, entry in enumerate(entries[:]):  # a slice is a list: faster to walk than protobuf's own container
         name = entry.name
         if tensors and any(tensor.name == name for tensor in tensors):
             raise bad(name, "is given twice")

@@ -83,7 +83,7 @@ def count(name: str, datatype: str, shape: Sequence[int]) -> int:
 
 def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Array:
     """Raw contents (little-endian, row-major) → array; fixed-size types share ``raw``'s memory, read-only."""
-    shape = tuple(shape)
+    shape = tuple(shape[:])
     total = count(name, datatype, shape)
     if datatype == "BYTES":
         return objects(name, _frames(name, raw), shape)

@@ -32,12 +32,12 @@ class GrpcCodec(Codec):
 
     def open(self, call: Call) -> Asked:
         message = parse_request(call.body)
-        return Asked(message.model_name, message.model_version, message.id, raw=bool(message.raw_input_contents),
-                     wire=message)
+        return Asked(message.model_name, message.model_version, message.id, wire=message)
 
     def read(self, asked: Asked) -> None:
-        message = asked.wire
-        asked.tensors = read_tensors(message.inputs, message.raw_input_contents, "raw_input_contents")
+        message, raws = asked.wire, asked.wire.raw_input_contents
+        asked.raw = len(raws) > 0
+        asked.tensors = read_tensors(message.inputs, raws, "raw_input_contents")
         if not asked.tensors:
             raise Invalid("inputs is empty; a request needs one tensor or more")
         if message.outputs:
