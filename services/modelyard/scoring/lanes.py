@@ -222,8 +222,8 @@ class Lane:
             self._work_off(runner)
 
     def _work_off(self, runner: Runner) -> None:
-        """Until nothing is queued; of a runner that joins calls one batch, for the answers bring the next calls, and
-        the event loop sends them and takes those in before it wakes us again."""
+        """Until nothing is queued. After a long prediction that may answer many the event loop comes first: it sends
+        the answers, takes in the calls that they bring, and wakes us for all of them."""
         while True:
             batch = self._next(runner)
             if batch is None:
@@ -233,7 +233,7 @@ class Lane:
                     return
                 continue
             self._process(runner, batch)
-            last = runner.batched and not self._planned
+            last = runner.batched and not self._planned and batch.model_ns > INLINE_NS
             if last:
                 self._working = False
             if batch.jobs:

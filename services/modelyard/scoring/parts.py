@@ -168,5 +168,6 @@ def _close(got: Any, wanted: Any) -> bool:
     if got.dtype.kind != "f":
         return bool(np.array_equal(got, wanted))
     tolerance = TOLERANCE.get(got.dtype.str[1:], 1e-6)
-    scale = float(np.max(np.abs(wanted), initial=1.0, where=np.isfinite(wanted)))
-    return bool(np.allclose(got, wanted, rtol=tolerance, atol=tolerance * scale, equal_nan=True))
+    with np.errstate(all="ignore"):
+        scale = float(np.max(np.abs(wanted), initial=1.0, where=np.isfinite(wanted)))
+        return bool(np.allclose(got, wanted, rtol=tolerance, atol=tolerance * scale, equal_nan=True))
