@@ -131,7 +131,8 @@ async def compare(name: str, folder: Path, held: dict[str, Any], array: np.ndarr
     single = [(await drive(plane, call, 0.5, 1))[1] for plane in planes.values()]
     joined, alone = ([statistics.median(column) for column in zip(*seen[how], strict=True)] for how in planes)
     print(f"{name:10} joined {_said(joined)} | alone {_said(alone)} | {joined[0] / alone[0]:4.1f} x calls/s, "
-          f"{alone[2] / joined[2]:4.1f} x CPU | {size:.0f} calls a batch | one caller p99 {single[0]:.2f} ms", flush=True)
+          f"{alone[2] / joined[2]:4.1f} x CPU | {size:.0f} calls a batch | one caller p99 {single[0]:.2f} ms",
+          flush=True)
     for plane in planes.values():
         plane.close()
     for log in logs:

@@ -60,6 +60,9 @@ def lightgbm_runner(model: Model) -> Runner:
         import lightgbm
     except ImportError as exc:
         raise CannotStart(f"model {model.id} needs the package lightgbm: add it to the requirements") from exc
+    except OSError as exc:  # it brings no copy of the OpenMP library, and slim bases have none
+        raise CannotStart(f"model {model.id}: LightGBM cannot be loaded: {exc}; use a base image that has libgomp") \
+            from exc
     loaded = _loaded(model, lambda path: lightgbm.Booster(model_file=path))
     if not isinstance(loaded, lightgbm.Booster):
         return _estimator(model, loaded, "lightgbm")

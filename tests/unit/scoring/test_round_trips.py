@@ -139,6 +139,17 @@ def test_typed_contents_of_another_length_are_named(datatype: str, shape: tuple[
     assert f"needs {wanted} elements, not {number}" in error.value.message
 
 
+def test_typed_contents_with_fields_that_nobody_knows() -> None:
+    values = np.array([1.5, -2.0], np.float32)
+    wire = pb.InferTensorContents(fp32_contents=values.tolist()).SerializeToString()
+    for unknown in (b"\xa2\x01\x03abc", b"\xa0\x01\x05"):
+        for mixed in (wire + unknown, unknown + wire, wire[:2] + wire[2:] + unknown * 3):
+            tensor = pb.ModelInferRequest.InferInputTensor(
+                name="x", datatype="FP32", shape=[2], contents=pb.InferTensorContents.FromString(mixed))
+            found = from_message(pb.ModelInferRequest(inputs=[tensor])).tensors[0].array
+            assert found.tolist() == values.tolist() and found.dtype == np.float32
+
+
 @given(st.lists(st.binary(max_size=9), max_size=6), st.integers(0, 60), st.binary(max_size=5))
 @slower
 def test_cut_bytes_elements_are_named(items: list[bytes], cut: int, more: bytes) -> None:
