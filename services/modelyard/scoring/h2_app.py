@@ -26,7 +26,7 @@ from .dataplane import DataPlane
 from .grpc_wire import Refused
 from .h2_call import Gone, H2Call, Receive, Send, alone
 from .h2_stream import Stream
-from .transport import request_id, trace_id
+from .transport import binary_trace_id, request_id, trace_id
 
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 AWAY = "this replica goes away; call again"
@@ -109,7 +109,9 @@ class H2App:
             await call.fail(answer.error, self._metadata(answer))
 
     def _ask(self, protocol: str, method: str, codec: GrpcCodec, body: bytes, call: H2Call) -> Call:
-        trace = trace_id(call.text(b"traceparent")) or _trace(call.headers.get(b"grpc-trace-bin"))
+        trace = trace_id(call.text(b"traceparent"))
+        if not trace and (packed := call.headers.get(b"grpc-trace-bin")):
+            trace = binary_trace_id(wire.binary(packed))
         return Call(protocol, method, body, PROTO, codec, deadline=call.deadline,
                     request_id=request_id(call.text(b"x-request-id")), trace_id=trace)
 
@@ -190,12 +192,6 @@ async def _reflect(call: H2Call) -> None:
     async for answer in servicer.ServerReflectionInfo(requests(), None):
         await call.send((answer.SerializeToString(),))
     await call.finish()
-
-
-def _trace(value: bytes | None) -> str:
-    """The trace id in a ``grpc-trace-bin``: version 0, field 0, sixteen bytes."""
-    found = wire.binary(value) if value else b""
-    return found[2:18].hex() if len(found) >= 18 and found[:2] == b"\0\0" else ""
 
 
 def _until(deadline: float) -> Any:

@@ -127,3 +127,8 @@ def trace_id(traceparent: str | None) -> str:
     """The trace id of a W3C ``traceparent``, or ""."""
     parts = (traceparent or "").split("-")
     return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else ""
+
+
+def binary_trace_id(trace: bytes | None) -> str:
+    """The trace id of a ``grpc-trace-bin`` (version 0, field 0, sixteen bytes), or ""."""
+    return trace[2:18].hex() if trace and len(trace) >= 18 and trace[:2] == b"\0\0" else ""

@@ -42,7 +42,8 @@ RETRY = [
                 ]
             }
         ),
-    )
+    ),
+    ("grpc.default_authority", "flower"),  # of several addresses it would be their list, which is no authority
 ]
 
 
