@@ -168,7 +168,7 @@ def response_bytes(answer: Inference) -> bytes:
     """A ModelInferResponse's bytes. Of a raw answer without parameters they are put together from pieces, of which
     only ``id`` and the contents are new each time: serialized messages, one behind the other, are one message."""
     tensors = answer.tensors
-    if not answer.raw or answer.parameters or any([t.parameters for t in tensors]):
+    if not answer.raw or answer.parameters or any(t.parameters for t in tensors):
         return response_message(answer).SerializeToString()
     pieces = [_names(answer.model, answer.version)]
     if answer.id:

@@ -22,6 +22,7 @@ from .runners import Runner
 INLINE_NS = 1_000_000
 """Shorter predictions run on the event loop, which is held up for so long at most between two looks at sockets."""
 INLINE_BYTES = 131_072
+SLACK = 64
 
 
 class Lane:
@@ -35,7 +36,7 @@ class Lane:
         self.waiting = 0
         """Jobs that are queued, not begun and still wanted."""
         self._open, self._done, self._watch, self._max_rows = open_runner, done, watch, max_rows
-        self._lock = threading.Lock()  # around ``waiting``, ``_large`` and each job's ``state``; and when work ends
+        self._lock = threading.Lock()  # around the queue and each job's ``state``
         self._queue: deque[Job] = deque()
         self._planned: deque[Batch] = deque()  # of whoever works: the event loop's turn or the thread, never both
         self._running: dict[int, Batch] = {}
@@ -90,6 +91,9 @@ class Lane:
             if job.state == QUEUED:
                 self.waiting -= 1
             began, job.state = job.state == BEGUN, GIVEN_UP
+            if len(self._queue) > 2 * self.waiting + SLACK:  # the thread hangs, and what it left must not pile up
+                self._queue = deque(job for job in self._queue if job.state == QUEUED)
+                self._large = sum(len(job.call.body) > INLINE_BYTES for job in self._queue)
         if began and self._own is not None:
             self._own.give_up(job)
 
@@ -169,12 +173,12 @@ class Lane:
         """The next batch, of what is queued now; None: nothing is."""
         while not self._planned:
             jobs: list[Job] = []
-            while self._queue and len(jobs) < self._max_rows:
-                job = self._queue.popleft()
-                if len(job.call.body) > INLINE_BYTES:
-                    with self._lock:
-                        self._large -= 1
-                jobs.append(job)
+            with self._lock:
+                while self._queue and len(jobs) < self._max_rows:
+                    job = self._queue.popleft()
+                    self._large -= len(job.call.body) > INLINE_BYTES
+                    if job.state == QUEUED:
+                        jobs.append(job)
             if not jobs:
                 return None
             self._planned.extend(plan(runner, jobs, self._max_rows))

@@ -210,6 +210,10 @@ async def test_a_model_that_hangs_is_its_own_affair_until_it_is_the_replicas(
             while not plane.stuck:
                 await asyncio.sleep(0.01)
         assert "slow" in plane.stuck and not plane.ready
+        for _ in range(5):
+            late = await plane.handle(hanging * 40)
+            assert {a.status for a in late} == {"DEADLINE_EXCEEDED"}
+        assert len(plane._lanes[1]._queue) < 200, "what nobody waits for any more does not pile up"
         Slow.gate.set()
         async with asyncio.timeout(20):
             while plane.stuck:
