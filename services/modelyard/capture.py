@@ -46,6 +46,9 @@ class Collector:
         """Keeps the rows of ``x``: a numpy array (one row when it has one dimension; further dimensions become
         nested lists), a pandas frame or series, a list of rows, a list of values or a dict of columns.
 
+        In ``run_batch``, as many rows as it was given are joined to the calls they came from, in order; another
+        number of rows to the first of the calls.
+
         True when the rows were handed to capture. Outside a call of a scoring server there is nothing to join
         them with: they are not kept, which is said once in the log, and the answer is False. Raises ValueError
         when ``x`` does not have as many columns as this collector.

@@ -69,7 +69,7 @@ class RowRunner(Runner):
     batched = True
 
     def __init__(self) -> None:
-        self._tried: set[tuple[str, ...]] = set()
+        self._tried: set[frozenset[str]] = set()  # callers choose outputs: in any order, and twice if they like
 
     @abstractmethod
     def arrays(self, asked: Asked) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -90,7 +90,7 @@ class RowRunner(Runner):
 
     def many(self, parts: Sequence[Part]) -> Any:
         names = parts[0].inputs[1]
-        if names not in self._tried:
+        if frozenset(names) not in self._tried:
             self._try(parts, names)
         given = self.predict(join([part.inputs[0] for part in parts]), names)
         try:
@@ -103,7 +103,7 @@ class RowRunner(Runner):
         if not row_wise(lambda arrays: self.predict(arrays, names), parts[0].inputs[0], parts[1].inputs[0]):
             self._by_itself(names)
             raise NotByRows("rows depend on each other")
-        self._tried.add(names)
+        self._tried.add(frozenset(names))
 
     def _by_itself(self, names: tuple[str, ...]) -> None:
         self.batched = False
