@@ -41,7 +41,7 @@ class Replica:
         self.log = _open_log(settings, image)
         name = settings.deployment or settings.image.partition(":")[0] or "model"
         self.plane = DataPlane(name, settings.limits, self.log)
-        self.admin = Admin(settings.admin, self.plane, self.drain)
+        self.admin = Admin(settings.admin, self.plane, self.drain, self.spread)
         self.transports: list[Transport] = [open_grpc(settings, self.plane),
                                             RestTransport(settings.http, self.plane, settings.tls)]
         self._stop = asyncio.Event()
@@ -89,6 +89,11 @@ class Replica:
         for transport in self.transports:
             await transport.drain()
         say("draining")
+
+    async def spread(self) -> None:
+        """Other replicas have come: callers find them when they connect anew."""
+        for transport in self.transports:
+            await transport.spread()
 
     async def _leave(self, asked: float) -> None:
         await self.drain()

@@ -64,6 +64,9 @@ class Transport(ABC):
     async def drain(self) -> None:
         """Say not ready; go on answering; let connections end by themselves."""
 
+    async def spread(self) -> None:  # noqa: B027 - not every protocol needs it
+        """There are replicas now that were not there before: send connections on to them, failing no call."""
+
     @abstractmethod
     async def stop(self, grace_s: float) -> None:
         """Takes nothing new, answers what is in flight for up to ``grace_s``, closes."""

@@ -21,8 +21,9 @@ from .dataplane import DataPlane
 from .h2_app import H2App
 from .transport import Tls, Transport, listen
 
-AGE_S = 30.0
-"""Connections are sent on after this long, so that they spread over replicas that were not there before."""
+AGE_S = 300.0
+"""Connections are sent on after this long, so that they spread over replicas that were not there before. Whoever knows
+of such replicas calls ``spread``, and nobody waits."""
 FOR_EVER_S = 30 * 86_400.0
 STREAMS = 2_000
 WINDOW = 8 << 20
@@ -63,6 +64,9 @@ class H2Transport(Transport):
     async def drain(self) -> None:
         """Connections end when their calls do; new ones are taken as before, for whoever has not heard yet."""
         self._app.health.say(False, closing=True)
+        await self._take_over()
+
+    async def spread(self) -> None:
         await self._take_over()
 
     async def stop(self, grace_s: float) -> None:

@@ -102,6 +102,11 @@ class Replica:
             idle.cancel()
         await self.stop()
 
+    async def spread(self) -> None:
+        """Another replica is ready: its callers connect anew, to whoever has the fewest. Their calls do not notice."""
+        with contextlib.suppress(probe.NoAnswer):
+            await probe.http(self.address("admin"), "POST", "/spread")
+
     async def stop(self) -> None:
         """Ends it: SIGTERM, in which it answers what it has, SIGKILL when that takes too long."""
         self.leaving = True
