@@ -1,13 +1,14 @@
 """From queued jobs to outcomes: read, join what may be joined, ask the runner, take apart, write.
 
 Nothing here raises, but for the cancellation of an async ``run``: whatever goes wrong is the outcome of the calls that
-it concerns. A prediction that raises for several calls is repeated call by call.
+it concerns. A prediction that raises for several calls is repeated for each half of them, down to the bad call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -55,25 +56,28 @@ def _prepare(runner: Runner, job: Job) -> Hashable:
 
 def execute(runner: Runner, batch: Batch) -> None:
     """Runs what is still to be run of a batch whose jobs are begun."""
-    jobs = _wanted(batch.jobs)
-    if len(jobs) > 1:
+    todo = deque([batch.jobs])
+    while todo:
+        jobs = _wanted(todo.popleft())
+        if not jobs:
+            continue
         token = _enter(jobs)
-        began = time.perf_counter_ns()
         try:
-            results = runner.many([job.part for job in jobs])  # type: ignore[misc]
-        except BaseException as exc:  # noqa: BLE001 - as above; run call by call it is somebody's own
-            results = exc
+            if len(jobs) == 1:
+                _alone(runner, batch, jobs[0])
+            elif not _together(runner, batch, jobs):
+                todo.extendleft(_less(runner, jobs))
         finally:
             CURRENT.reset(token)
-        if _together(batch, jobs, results, began):
-            return
-        jobs = _wanted(jobs)
-    for job in jobs:
-        token = _enter((job,))
-        try:
-            _alone(runner, batch, job)
-        finally:
-            CURRENT.reset(token)
+
+
+def _together(runner: Runner, batch: Batch, jobs: Sequence[Job]) -> bool:
+    began = time.perf_counter_ns()
+    try:
+        results = runner.many([job.part for job in jobs])  # type: ignore[misc]
+    except BaseException as exc:  # noqa: BLE001 - as above; it is told by the call whose own it is
+        results = exc
+    return _given(batch, jobs, results, began)
 
 
 def _alone(runner: Runner, batch: Batch, job: Job) -> None:
@@ -92,22 +96,26 @@ def _alone(runner: Runner, batch: Batch, job: Job) -> None:
 
 async def execute_awaiting(runner: Runner, batch: Batch) -> None:
     """As ``execute``, for an async runner. Raises CancelledError when it is cancelled."""
-    jobs = _wanted(batch.jobs)
-    if len(jobs) > 1:
-        token = _enter(jobs)
-        began = time.perf_counter_ns()
-        try:
-            results = await runner.many([job.part for job in jobs])  # type: ignore[misc]
-        except BaseException as exc:  # noqa: BLE001 - as above
-            _raise_if_cancelled(exc)
-            results = exc
-        CURRENT.reset(token)
-        if _together(batch, jobs, results, began):
-            return
-        jobs = _wanted(jobs)
-    for job in jobs:
-        _enter((job,))
-        await _alone_awaiting(runner, batch, job)
+    todo = deque([batch.jobs])
+    while todo:
+        jobs = _wanted(todo.popleft())
+        if not jobs:
+            continue
+        _enter(jobs)
+        if len(jobs) == 1:
+            await _alone_awaiting(runner, batch, jobs[0])
+        elif not await _together_awaiting(runner, batch, jobs):
+            todo.extendleft(_less(runner, jobs))
+
+
+async def _together_awaiting(runner: Runner, batch: Batch, jobs: Sequence[Job]) -> bool:
+    began = time.perf_counter_ns()
+    try:
+        results = await runner.many([job.part for job in jobs])  # type: ignore[misc]
+    except BaseException as exc:  # noqa: BLE001 - as above
+        _raise_if_cancelled(exc)
+        results = exc
+    return _given(batch, jobs, results, began)
 
 
 async def _alone_awaiting(runner: Runner, batch: Batch, job: Job) -> None:
@@ -160,8 +168,17 @@ def _ran(batch: Batch, calls: int, began: int) -> None:
     batch.model_ns += time.perf_counter_ns() - began
 
 
-def _together(batch: Batch, jobs: Sequence[Job], results: Any, began: int) -> bool:
-    """Gives each call what it has of a prediction for all. False: ask one by one."""
+def _less(runner: Runner, jobs: list[Job]) -> list[list[Job]]:
+    """What is asked next when ``jobs`` cannot be answered together, last first: each half, and where rows turned out
+    not to go together each job."""
+    if not runner.batched:
+        return [[job] for job in reversed(jobs)]
+    middle = len(jobs) // 2
+    return [jobs[middle:], jobs[:middle]]
+
+
+def _given(batch: Batch, jobs: Sequence[Job], results: Any, began: int) -> bool:
+    """Gives each call what it has of a prediction for all. False: there was none."""
     _ran(batch, 0 if isinstance(results, BaseException) else len(jobs), began)
     if isinstance(results, WrongRows):
         for job in jobs:

@@ -6,7 +6,7 @@ rows of several calls, joined in the order in which the calls came, and returns 
 was given: an array, a dict of arrays, a data frame, or a list with one element a row. Joined are arrays, dicts of
 arrays, data frames, and bodies ``{"data": [row, …]}`` or bare lists of rows; a call of another form goes to ``run``,
 and is refused where there is none. A result of another length fails all its calls. When ``run_batch`` raises for
-several calls it is asked again call by call, so that a bad one fails alone.
+several calls it is asked again for each half of them, until a bad one fails alone.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Runner(ABC):
 
     def many(self, parts: Sequence[Part]) -> Any:
         """The results of parts that have one key, in order, by one prediction. Raises WrongRows when all of them have
-        failed; anything else means that they are to be asked one by one."""
+        failed; anything else means that fewer are to be asked at a time."""
         raise NotImplementedError
 
 

@@ -114,8 +114,16 @@ async def test_a_bad_call_fails_alone(tmp_path: Path, capfd: pytest.CaptureFixtu
         assert [a.status for a in answers] == ["OK", "INTERNAL", *["INVALID_ARGUMENT"] * 3, "OK"]
         assert "no petals" in str(answers[1].error) and "run_batch takes rows" in str(answers[3].error)
         assert outputs(answers[0]) == [[2]] and outputs(answers[5]) == [[4]]
-        assert score_module().seen == [1, 3, 1, 1, 1], "three together, then each of the three alone"
+        assert score_module().seen == [1, 3, 1, 2, 1, 1], "three together, then each half, down to the bad one"
         assert capfd.readouterr().err.count("Traceback") == 1, "what a batch raised is told by the call that raises it"
+
+
+async def test_one_bad_call_among_many_costs_little(tmp_path: Path) -> None:
+    async with open_plane(tmp_path, ARRAYS) as plane:
+        answers = await queued(plane, *(array_call([666 if n == 41 else n + 100]) for n in range(64)))
+        assert [n for n, a in enumerate(answers) if a.status != "OK"] == [41]
+        assert [outputs(a) for a in answers[:41]] == [[[2 * n + 200]] for n in range(41)]
+        assert len(score_module().seen) == 1 + 1 + 12
 
 
 async def test_a_result_of_another_length_fails_all_its_calls(tmp_path: Path) -> None:
@@ -242,7 +250,7 @@ async def test_an_async_run_batch(tmp_path: Path) -> None:
         assert [a.status for a in answers] == ["OK", "INTERNAL", "OK", "INTERNAL", "INTERNAL"]
         assert outputs(answers[0]) == [[2]] and outputs(answers[2]) == [[4]]
         assert [outputs((await task)[0]) for task in first] == [[[-2]]] * 4
-        assert module.seen[:4] == [1] * 4 and sorted(module.seen[4:]) == [1, 1, 1, 2, 3]
+        assert module.seen[:4] == [1] * 4 and sorted(module.seen[4:]) == [1, 1, 1, 2, 2, 3], "three, halved twice; two"
 
 
 @pytest.mark.parametrize(
