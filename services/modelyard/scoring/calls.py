@@ -21,6 +21,12 @@ class QueueFull(Unavailable):
     code = "queue-full"
 
 
+class SpoolFull(QueueFull):
+    """Calls must not go unrecorded, and there is no room to record one."""
+
+    code = "spool-full"
+
+
 class PastDeadline(ModelyardError):
     """The deadline passed before an answer was there."""
 
@@ -122,6 +128,8 @@ class Call:
     trace_id: str = ""
     options: Any = None
     """What the codec must know beside the body (headers of the binary extension)."""
+    key: str = ""
+    """The header that ``Plane.sampling_header`` names."""
 
 
 @dataclass(slots=True)
@@ -160,6 +168,11 @@ class Plane(ABC):
     @abstractmethod
     def ready(self) -> bool:
         """Models are loaded and the server is not draining."""
+
+    @property
+    @abstractmethod
+    def sampling_header(self) -> str:
+        """The header, in lower case, that capture wants to know of every call as ``Call.key``; "" for none."""
 
     @property
     @abstractmethod

@@ -12,12 +12,12 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from ..core.errors import ModelyardError, TooLarge, Unavailable
-from .calls import Answer, Call, Cancelled, PastDeadline, Plane, QueueFull, Served, statuses
+from .calls import Answer, Call, Cancelled, PastDeadline, Plane, QueueFull, Served, SpoolFull, statuses
 from .capture import CaptureLog, Finished
 from .deadlines import Deadlines
 from .image import Image
@@ -43,8 +43,13 @@ class Log(Protocol):
 
     @property
     def pressed(self) -> bool: ...
+    @property
+    def sampling_header(self) -> str: ...
+    @property
+    def totals(self) -> Mapping[str, int]: ...
+    def expect(self, prediction_id: str, call: Call) -> None: ...
     def append(self, calls: Sequence[Finished]) -> None: ...
-    def refused(self, model: str, status: str, started_ns: int | None = None) -> None: ...
+    def refused(self, model: str, status: str, started_ns: int | None = None, reason: str = ...) -> None: ...
 
 
 def new_id() -> str:
@@ -65,10 +70,15 @@ class DataPlane(Plane):
         self._lanes: list[Lane] = []
         self._draining = False
         self._held: deque[Job] = deque()
+        self._held_in_all = 0
         self._deadlines = Deadlines(self._expire)
         self._stuck_s = max(float(os.environ.get("MODELYARD_STUCK_S") or STUCK_S), 2 * limits.timeout_ms / 1000)
         self.metrics.gauge("modelyard_scoring_queue", "Calls waiting for their model.", "model",
                            lambda: {lane.name: lane.waiting for lane in self._lanes})
+        if log is not None:
+            self.metrics.gauge("modelyard_scoring_capture", "Calls recorded, calls not recorded by reason, calls held "
+                               "for want of room, rows collected and lost; since the start.", "what",
+                               lambda: {**log.totals, "held": self._held_in_all})
 
     async def load(self, image: Image, image_version: str = "") -> None:
         """Opens every model in its own thread. Raises CannotStart."""
@@ -92,6 +102,10 @@ class DataPlane(Plane):
             if (seconds := lane.stuck_s()) > self._stuck_s:
                 return f"'{lane.name}' hangs: what nobody waits for any more runs for {seconds:.0f} s"
         return ""
+
+    @property
+    def sampling_header(self) -> str:
+        return "" if self._log is None else self._log.sampling_header
 
     @property
     def draining(self) -> bool:
@@ -176,7 +190,7 @@ class DataPlane(Plane):
         if len(call.body) > limits.max_message_bytes:
             raise too_large(limits.max_message_bytes, len(call.body))
         if self._log is not None and self._log.on_pressure != "drop" and self._log.pressed:
-            raise QueueFull("the capture spool is full, and calls must not go unrecorded (capture.on_pressure)",
+            raise SpoolFull("the capture spool is full, and calls must not go unrecorded (capture.on_pressure)",
                             retry_after=1)
         table = self.table
         job.asked = asked = call.codec.open(call)
@@ -189,7 +203,9 @@ class DataPlane(Plane):
         job.deadline = min(call.deadline, now + limits.timeout_ms / 1000)
         if now >= job.deadline:
             job.outcome = Outcome(late())
-        else:
+        if self._log is not None:
+            self._log.expect(job.prediction_id, call)
+        if job.outcome is None:
             lane.submit(job)
 
     def _refuse(self, job: Job, error: ModelyardError) -> None:
@@ -197,7 +213,7 @@ class DataPlane(Plane):
         model = job.served.model if job.lane is not None else UNKNOWN
         self.metrics.refused(job.call.protocol, status)
         if self._log is not None:
-            self._log.refused(model, status, job.started_ns)
+            self._log.refused(model, status, job.started_ns, "pressed" if isinstance(error, SpoolFull) else "refused")
         body, body_type = job.call.codec.write_error(job.call, error)
         job.answer = Answer(body, body_type, status, job.call.request_id, job.prediction_id, "", error)
         self.metrics.in_flight -= 1
@@ -261,6 +277,7 @@ class DataPlane(Plane):
             asyncio.get_running_loop().call_later(PRESSURE_S, self._take_held)
         job.deadline = min(job.call.deadline, time.monotonic() + self.limits.timeout_ms / 1000)
         self._held.append(job)
+        self._held_in_all += 1
 
     def _take_held(self) -> None:
         held, self._held = self._held, deque()

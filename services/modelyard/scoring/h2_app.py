@@ -42,6 +42,7 @@ class H2App:
         """Calls so far."""
         self._plane = plane
         self._limit = plane.limits.max_message_bytes
+        self._key = plane.sampling_header.encode()
         self._codec, self._stream_codec = GrpcCodec(), StreamCodec()
         self._leaving = False
         self._idle: set[asyncio.Task[Any]] = set()
@@ -113,7 +114,8 @@ class H2App:
         if not trace and (packed := call.headers.get(b"grpc-trace-bin")):
             trace = binary_trace_id(wire.binary(packed))
         return Call(protocol, method, body, PROTO, codec, deadline=call.deadline,
-                    request_id=request_id(call.text(b"x-request-id")), trace_id=trace)
+                    request_id=request_id(call.text(b"x-request-id")), trace_id=trace,
+                    key=call.text(self._key) or "" if self._key else "")
 
     def _metadata(self, answer: Answer) -> list[tuple[str, str | bytes]]:
         return [("x-request-id", answer.request_id), ("x-modelyard-prediction-id", answer.prediction_id),

@@ -15,7 +15,8 @@ from ..core.errors import Invalid
 from .transport import Tls
 
 TRANSPORTS = ("auto", "h2", "grpc")
-DEFAULT_CAPTURE = {"enabled": False, "sampling": 1.0, "on_pressure": "drop", "retention_days": 30}
+DEFAULT_CAPTURE = {"enabled": False, "sampling": 1.0, "sampling_key": "prediction_id", "redact": [], "sync": "never",
+                   "on_pressure": "drop", "spool_bytes": None, "retention_days": 30}
 
 
 @dataclass(frozen=True)

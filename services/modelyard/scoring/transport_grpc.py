@@ -117,11 +117,13 @@ class GrpcTransport(Transport, grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _ask(self, protocol: str, method: str, codec: GrpcCodec, request: bytes,
                    context: grpc.aio.ServicerContext) -> Answer:
-        given = {k: v for k, v in context.invocation_metadata() or () if k in ("x-request-id", "traceparent")}
+        key = self._plane.sampling_header
+        given = {k: v for k, v in context.invocation_metadata() or () if k in ("x-request-id", "traceparent", key)}
         left = context.time_remaining()
         deadline = math.inf if left is None else time.monotonic() + left
         call = Call(protocol, method, request, PROTO, codec, deadline=deadline,
-                    request_id=request_id(given.get("x-request-id")), trace_id=trace_id(given.get("traceparent")))
+                    request_id=request_id(given.get("x-request-id")), trace_id=trace_id(given.get("traceparent")),
+                    key=str(given.get(key, "")))
         return (await self._plane.handle((call,)))[0]
 
 

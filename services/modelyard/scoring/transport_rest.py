@@ -145,7 +145,8 @@ class RestTransport(Transport):
 
     def _call(self, request: web.Request, protocol: str, method: str, body: bytes, kind: str, codec: Codec) -> Call:
         return Call(protocol, method, body, kind, codec, request_id=request_id(request.headers.get("x-request-id")),
-                    trace_id=trace_id(request.headers.get("traceparent")))
+                    trace_id=trace_id(request.headers.get("traceparent")),
+                    key=request.headers.get(self._plane.sampling_header, ""))
 
     async def _answer(self, call: Call) -> web.Response:
         answer = (await self._plane.handle((call,)))[0]

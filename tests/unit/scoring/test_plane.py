@@ -37,9 +37,9 @@ class Seen(CaptureLog):
         self.finished += calls
         super().append(calls)
 
-    def refused(self, model: str, status: str, started_ns: int | None = None) -> None:
+    def refused(self, model: str, status: str, started_ns: int | None = None, reason: str = "refused") -> None:
         self.refusals.append((model, status))
-        super().refused(model, status, started_ns)
+        super().refused(model, status, started_ns, reason)
 
 
 @pytest.fixture
@@ -264,6 +264,7 @@ async def test_a_full_spool_refuses_or_waits_when_the_policy_says_so(tmp_path: P
         began = time.monotonic()
         assert await statuses(plane, score_call(0)) == ["RESOURCE_EXHAUSTED"]
         assert (time.monotonic() - began >= 0.3) == (full.on_pressure == "block")
+        assert full.totals == {"recorded": 0, "collected": 0, "pressed": 1}
 
 
 async def test_short_predictions_of_ours_run_inline(tmp_path: Path, two_models: list[dict[str, Any]]) -> None:
