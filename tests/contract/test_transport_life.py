@@ -9,6 +9,7 @@ import ipaddress
 import json
 import os
 import socket
+import ssl
 import subprocess
 import threading
 import urllib.request
@@ -166,6 +167,9 @@ def test_tls_and_a_client_that_must_be_known(tmp_path: Path, transport: str) -> 
             assert outcome(channel.unary_unary(INFER)(ask(), timeout=10)).tolist() == [0]
         with grpc.insecure_channel(served.address) as channel:
             assert failed(lambda: channel.unary_unary(INFER)(ask(), timeout=5)).code() == grpc.StatusCode.UNAVAILABLE
+        known = ssl.create_default_context(cafile=files["ca.crt"])
+        with urllib.request.urlopen(f"https://{served.replica.http}/v2/health/live", context=known) as answer:
+            assert json.load(answer) == {"live": True}
     arguments += ("--tls-client-ca", str(files["ca.crt"]))
     with serving(tmp_path / "mtls", transport, arguments=arguments) as served:
         with grpc.secure_channel(served.address, credentials(files, "client")) as channel:
