@@ -220,6 +220,8 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: Any) -> Arra
         return objects(name, [_as_bytes(name, item) for item in _flat(data)], shape)
     try:
         array = np.array(data)
+        if datatype == "UINT64" and array.dtype.kind == "f" and all(type(item) is int for item in _flat(data)):
+            array = np.array(data, np.uint64)  # numpy makes floats of small and very large numbers together
     except (ValueError, TypeError, OverflowError) as exc:
         raise bad(name, f"data is not an array ({exc})") from exc
     if array.size == 0:

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import orjson
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis.extra import numpy as arrays
 
 from modelyard.core.errors import Invalid
@@ -92,6 +92,7 @@ def test_responses(given_: list[Tensor], raw: bool, model: str, version: str, id
 
 
 @given(many(finite=True, text=True), st.booleans())
+@example([Tensor("x", np.array([0, 2**63], np.uint64))], False)
 @slower
 def test_json(given_: list[Tensor], binary: bool) -> None:
     body, parts = to_json_parts(Inference("m", "1", tensors=given_), binary)
