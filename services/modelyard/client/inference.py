@@ -22,13 +22,14 @@ IN_FLIGHT = 128
 
 
 class AsyncScoringClient:
-    """Scores with ``model`` (a model's or a deployment's name) at ``address``: ``host:port`` or ``unix:PATH``, or several.
+    """Scores with a model at an address.
 
-    ``timeout_s`` bounds each call and each item, with all that is repeated. ``connections``: TCP connections to keep,
-    to the addresses in turn; of a deployment with several replicas at most so many are used. ``tls``: True, or a
-    ``Tls`` with files. ``metadata`` goes with every call (``{"authorization": "Bearer …"}``). Nothing is sent before
-    the first call. For one event loop, any number of calls at once; use it as a context manager, or ``close`` it.
-    Raises Invalid for arguments that cannot be.
+    ``address``: ``host:port`` or ``unix:PATH``, or several. ``model``: a model's or a deployment's name. ``timeout_s``
+    bounds each call and each item, with all that is repeated. ``connections``: TCP connections to keep, to the
+    addresses in turn; of a deployment with several replicas at most so many are used. ``tls``: True, or a ``Tls`` with
+    files. ``metadata`` goes with every call (``{"authorization": "Bearer …"}``). Nothing is sent before the first call.
+    For one event loop, any number of calls at once; use it as a context manager, or ``close`` it. Raises Invalid for
+    arguments that cannot be.
 
         async with AsyncScoringClient("127.0.0.1:8081", model="iris") as scorer:
             outputs = await scorer.infer({"X": rows})
@@ -72,13 +73,15 @@ class AsyncScoringClient:
         ...     scorer.infer([[5.1, 3.5, 1.4, 0.2]])["label"]
         array([0])
         """
-        body = self.encoder(outputs).encode(inputs, await self.declared(inputs), request_id)
+        encoder = self.encoder(outputs)
+        body = encoder.encode(encoder.tensors(inputs, await self.declared(inputs)), request_id)
         return read_unary(await self._unary("ModelInfer", body, timeout_s, self.headers(metadata, request_id)))
 
     def infer_many(
         self, items: Iterable[Inputs] | AsyncIterable[Inputs], *, outputs: Sequence[str] = (),
         in_flight: int = IN_FLIGHT, on_error: OnError = "raise", repeat: bool = False, request_id: str = "",
         metadata: Mapping[str, str] | None = None, timeout_s: float | None = None, outage_s: float = 10.0,
+        join_rows: int = 1,
     ) -> AsyncIterator[Result]:
         """Many calls, over one stream on each connection (ModelStreamInfer). Each item is what ``infer`` takes; the
         results come in the order of the items, each as soon as it and all before it are there.
@@ -91,6 +94,11 @@ class AsyncScoringClient:
         item n gets the id ``<request_id>/n``. ``timeout_s`` holds for each item, from when it was taken. When nobody
         can be reached for ``outage_s`` the run ends with Unavailable.
 
+        ``join_rows``: consecutive items of equal names, types and row shapes travel as one message of up to so many
+        rows, and the outputs are taken apart again: the quickest way for many small items, right only where the model's
+        rows stand alone. The server then sees, limits and captures one call; ``in_flight`` counts messages. One that
+        fails by what is in it is sent again item by item, so that only the bad item fails.
+
         The async client reads a plain iterable in the event loop; the blocking one takes items in the thread that waits
         for the results. Who leaves early closes what was given back (``contextlib.aclosing``): that cancels the rest.
         Raises Invalid for arguments that cannot be, and while iterating what ``infer`` and ``items`` raise.
@@ -100,17 +108,18 @@ class AsyncScoringClient:
         ...     [int(outputs["label"][0]) for outputs in scorer.infer_many(rows)]
         [0, 0, 0]
         """
-        many = self.many(outputs, in_flight, on_error, repeat, request_id, metadata, timeout_s, outage_s)
+        many = self.many(outputs, in_flight, on_error, repeat, request_id, metadata, timeout_s, outage_s,
+                         join_rows)
         return many.over(items, self.open, self.declared)
 
     def many(
         self, outputs: Sequence[str], in_flight: int, on_error: OnError, repeat: bool, request_id: str,
-        metadata: Mapping[str, str] | None, timeout_s: float | None, outage_s: float,
+        metadata: Mapping[str, str] | None, timeout_s: float | None, outage_s: float, join_rows: int,
     ) -> Many:
         """The arguments of ``infer_many``, looked at. Raises Invalid."""
         plan = Plan(in_flight, self._patience(timeout_s), repeat, seconds("outage_s", outage_s),
                     self.headers(metadata, request_id))
-        return Many(plan, self.encoder(outputs), on_error, request_id, self.route.address(0))
+        return Many(plan, self.encoder(outputs), on_error, request_id, self.route.address(0), join_rows)
 
     async def model_ready(self, *, timeout_s: float | None = None) -> bool:
         """Whether the model answers calls (ModelReady). Raises as ``infer``."""

@@ -49,7 +49,8 @@ class ScoringClient(Face[AsyncScoringClient]):
         metadata: Mapping[str, str] | None = None, timeout_s: float | None = None,
     ) -> Outputs:
         inner = self._inner
-        body = inner.encoder(outputs).encode(inputs, self._declared(inputs), request_id)
+        encoder = inner.encoder(outputs)
+        body = encoder.encode(encoder.tensors(inputs, self._declared(inputs)), request_id)
         number = next(self._turn) % inner.connections
         patience = self._timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         call = self._method(number)
@@ -64,8 +65,10 @@ class ScoringClient(Face[AsyncScoringClient]):
         self, items: Iterable[Inputs], *, outputs: Sequence[str] = (), in_flight: int = IN_FLIGHT,
         on_error: OnError = "raise", repeat: bool = False, request_id: str = "",
         metadata: Mapping[str, str] | None = None, timeout_s: float | None = None, outage_s: float = 10.0,
+        join_rows: int = 1,
     ) -> Iterator[Result]:
-        many = self._inner.many(outputs, in_flight, on_error, repeat, request_id, metadata, timeout_s, outage_s)
+        many = self._inner.many(outputs, in_flight, on_error, repeat, request_id, metadata, timeout_s, outage_s,
+                                join_rows)
         return many.waited(items, self._portal, self._inner.open, self._declared)
 
     model_ready = blocks(AsyncScoringClient.model_ready)

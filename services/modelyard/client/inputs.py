@@ -45,15 +45,22 @@ class Encoder:
         self._call = Inference(model, version, outputs=tuple(outputs))
         self._head = head.SerializeToString()
 
-    def encode(self, inputs: Inputs, declared: Mapping[str, str], id_: str = "") -> bytes:
-        """Raises Invalid, naming the tensor; also for a message of 2 GiB or more, which protobuf cannot carry."""
-        tensors = _tensors(inputs, declared)
+    def tensors(self, inputs: Inputs, declared: Mapping[str, str]) -> list[Tensor]:
+        """Raises Invalid, naming the tensor. ``declared``: what the model says of what the inputs leave out."""
+        plain = type(inputs) is dict and all(type(value) is np.ndarray for value in inputs.values())
+        tensors = [Tensor(str(name), value) for name, value in inputs.items()] if plain else to_tensors(
+            inputs, declared)
         if not tensors:
             raise Invalid("there are no inputs; a request needs one tensor or more", field="inputs")
+        return tensors
+
+    def encode(self, tensors: Sequence[Tensor], id_: str = "") -> bytes:
+        """Raises Invalid for a message of 2 GiB or more, which protobuf cannot carry."""
         if sum(t.array.nbytes for t in tensors) >= LARGEST_MESSAGE:
             raise Invalid("the tensors are 2 GiB or more together, which one message cannot carry", field="inputs")
         if any(t.parameters for t in tensors):
-            return write_request(Inference(self._call.model, self._call.version, id_, {}, tensors, self._call.outputs))
+            call = self._call
+            return write_request(Inference(call.model, call.version, id_, {}, list(tensors), call.outputs))
         pieces: list[Any] = [self._head]
         if id_:
             given = id_.encode()
@@ -63,12 +70,6 @@ class Encoder:
             raw = to_raw(tensor) if tensor.datatype == "BYTES" else tensor.array.data
             pieces += (RAW_CONTENTS, varint(memoryview(raw).nbytes), raw)
         return b"".join(pieces)
-
-
-def _tensors(inputs: Inputs, declared: Mapping[str, str]) -> list[Tensor]:
-    if type(inputs) is dict and all(type(value) is np.ndarray for value in inputs.values()):
-        return [Tensor(str(name), value) for name, value in inputs.items()]
-    return to_tensors(inputs, declared)
 
 
 @functools.lru_cache(1024)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 import math
 import threading
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..core.errors import Invalid, ModelyardError
 from .faces import Portal
 from .inputs import Encoder, Inputs, Outputs, read_streamed
+from .joining import Joined, Joiner, split
 from .pipeline import Pipeline, Plan, Slot
 
 OnError = Literal["raise", "return"]
@@ -31,60 +32,78 @@ class Many:
     on_error: OnError
     request_id: str
     address: str
+    join_rows: int = 1
 
     def __post_init__(self) -> None:
         if self.on_error not in ("raise", "return"):
             raise Invalid(f"on_error is '{self.on_error}'; write raise or return", field="on_error")
         if self.plan.in_flight < 1:
             raise Invalid("in_flight must be 1 or more", field="in_flight")
+        if self.join_rows < 1:
+            raise Invalid("join_rows must be 1 or more", field="join_rows")
 
-    def slot(self, index: int, item: Inputs, declared: Declared) -> Slot:
-        """An item that cannot be sent is done already."""
-        try:
-            return Slot(index, self.encoder.encode(
-                item, declared, f"{self.request_id}/{index}" if self.request_id else ""))
-        except ModelyardError as exc:
-            return Slot(index, b"", exc)
-
-    def result(self, slot: Slot) -> Result:
-        """Raises the item's error, or gives it back, as the caller wants it."""
+    def results(self, slot: Slot) -> Iterator[Result]:
+        """Of one message: the results of its items. Raises an item's error, or gives it back, as the caller wants."""
+        parts = slot.parts if isinstance(slot, Joined) else [([], 1)]
         error = slot.error
         if error is None:
             try:
-                return read_streamed(slot.answer, self.address)
+                outputs = read_streamed(slot.answer, self.address)
+                yield from [outputs] if len(parts) == 1 else split(outputs, parts)
+                return
             except ModelyardError as exc:
                 error = exc
-        error = type(error)(error.message, code=error.code, **{**error.detail, "item": slot.index})
-        if self.on_error == "raise" or slot.fatal:
-            raise error from slot.error
-        return error
+        for n in range(len(parts)):
+            own = type(error)(error.message, code=error.code, **{**error.detail, "item": slot.index + n})
+            if self.on_error == "raise" or slot.fatal:
+                raise own from slot.error
+            yield own
 
     async def over(self, items: Iterable[Inputs] | AsyncIterable[Inputs], open_: Opened,
                    declared: Callable[[Inputs], Awaitable[Declared]]) -> AsyncIterator[Result]:
         """The async face. An async iterable is read by a task of its own: no result waits for the next item."""
         told, room = asyncio.Event(), asyncio.Event()
         window: deque[Slot] = deque()
+        joiner = Joiner(self.encoder, self.join_rows, self.request_id)
         pipeline = open_(self.plan, told.set)
 
+        async def put(slot: Slot) -> None:
+            window.append(slot)
+            if slot.done:
+                told.set()
+            else:
+                pipeline.submit(slot)
+            while len(window) >= self.plan.in_flight:
+                room.clear()
+                await room.wait()
+
         async def feed() -> None:
-            numbers = itertools.count()
-            async for item in each(items):
-                slot = self.slot(next(numbers), item, await declared(item))
-                window.append(slot)
-                if slot.done:
-                    told.set()
-                else:
-                    pipeline.submit(slot)
-                while len(window) >= self.plan.in_flight:
-                    room.clear()
-                    await room.wait()
+            failure: Exception | None = None
+            try:
+                async with contextlib.aclosing(each(items)) as source:
+                    async for item in source:
+                        for slot in joiner.add(item, await declared(item)):
+                            await put(slot)
+            except Exception as exc:  # noqa: BLE001 - raised again, behind what came before it
+                failure = exc
+            for slot in joiner.rest():
+                await put(slot)
+            if failure is not None:
+                raise failure
 
         feeder = asyncio.create_task(feed())
         feeder.add_done_callback(lambda _: told.set())
         try:
             while True:
                 while window and window[0].done:
-                    yield self.result(window.popleft())
+                    slot = window.popleft()
+                    if again := joiner.apart(slot):
+                        window.extendleft(reversed(again))
+                        for one in again:
+                            pipeline.submit(one)
+                        continue
+                    for result in self.results(slot):
+                        yield result
                 room.set()
                 if not window and feeder.done():
                     break
@@ -103,34 +122,28 @@ class Many:
         """The blocking face. Items are taken, and made into requests, by the thread that waits for the results."""
         told = threading.Event()
         window: deque[Slot] = deque()
-        failure: Exception | None = None
-        index = 0
+        joiner = Joiner(self.encoder, self.join_rows, self.request_id)
+        source = _Source(iter(items), joiner, declared)
 
         async def opened() -> Pipeline:
             return open_(self.plan, told.set)
 
         pipeline = portal.run(opened())
-        source: Iterator[Inputs] | None = None
         drained = False
         try:
-            source = iter(items)
             while True:
                 if window and window[0].done:
-                    yield self.result(window.popleft())
-                elif source is not None and len(window) < self.plan.in_flight:
-                    try:
-                        item = next(source)
-                        slot = self.slot(index, item, declared(item))
-                    except StopIteration:
-                        source = None
-                        continue
-                    except Exception as exc:  # noqa: BLE001 - raised again, behind the results of what came before
-                        source, failure = None, exc
-                        continue
-                    index += 1
-                    window.append(slot)
-                    if not slot.done:
-                        pipeline.submit_from_thread(slot)
+                    slot = window.popleft()
+                    again = joiner.apart(slot)
+                    window.extendleft(reversed(again))
+                    for one in again:
+                        pipeline.submit_from_thread(one)
+                    if not again:
+                        yield from self.results(slot)
+                elif len(window) < self.plan.in_flight and (made := source.next()) is not None:
+                    window.append(made)
+                    if not made.done:
+                        pipeline.submit_from_thread(made)
                 elif window:
                     told.clear()
                     if not window[0].done:
@@ -138,14 +151,34 @@ class Many:
                 else:
                     break
             drained = True
-            if failure is not None:
-                raise failure
+            if source.failure is not None:
+                raise source.failure
         finally:
             if portal.open:
                 portal.run(pipeline.close(drained))
 
 
-async def each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+class _Source:
+    """Messages of an iterable. What it raises is kept until the results of what came before it are given back."""
+
+    def __init__(self, items: Iterator[Inputs], joiner: Joiner, declared: Callable[[Inputs], Declared]) -> None:
+        self.failure: Exception | None = None
+        self._slots = self._all(items, joiner, declared)
+
+    def next(self) -> Slot | None:
+        """None: there are no more."""
+        return next(self._slots, None)
+
+    def _all(self, items: Iterator[Inputs], joiner: Joiner, declared: Callable[[Inputs], Declared]) -> Iterator[Slot]:
+        try:
+            for item in items:
+                yield from joiner.add(item, declared(item))
+        except Exception as exc:  # noqa: BLE001 - raised again, by whoever gives back the results
+            self.failure = exc
+        yield from joiner.rest()
+
+
+async def each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
     """The items of either kind."""
     if isinstance(items, AsyncIterable):
         async for item in items:

@@ -31,6 +31,9 @@ class Restarts:
     def start(self, wait: bool = True) -> Any:
         return self._stack.enter_context(serving(self._folder, self._transport, address=self.address, wait=wait))
 
+    def client(self) -> ScoringClient:
+        return ScoringClient(self.address, model="echo")
+
     def items(self) -> Iterator[dict[str, Any]]:
         for n in range(self._count):
             if n == self._at:
@@ -65,7 +68,7 @@ def split(results: list[Any]) -> tuple[list[int], list[int]]:
 
 @TRANSPORTS
 def test_killed_and_allowed_to_repeat(tmp_path: Path, transport: str) -> None:
-    with Restarts(tmp_path, transport, 60, 150, kill=True) as server, ScoringClient(server.address, model="echo") as client:
+    with Restarts(tmp_path, transport, 60, 150, kill=True) as server, server.client() as client:
         good, bad = split(list(client.infer_many(server.items(), repeat=True, in_flight=32, outage_s=60)))
     assert (good, bad) == (list(range(150)), [])
     assert set(ran(tmp_path)) == set(range(150))
@@ -74,7 +77,7 @@ def test_killed_and_allowed_to_repeat(tmp_path: Path, transport: str) -> None:
 @TRANSPORTS
 def test_killed_and_not_allowed_to_repeat(tmp_path: Path, transport: str) -> None:
     """Nothing runs twice: what was under way has failed, the rest is scored by the new server."""
-    with Restarts(tmp_path, transport, 60, 150, kill=True) as server, ScoringClient(server.address, model="echo") as client:
+    with Restarts(tmp_path, transport, 60, 150, kill=True) as server, server.client() as client:
         results = list(client.infer_many(server.items(), on_error="return", in_flight=32, outage_s=60))
     good, bad = split(results)
     assert len(results) == 150 and 0 < len(bad) <= 32 and all(60 - 32 <= n < 60 for n in bad)
@@ -85,7 +88,7 @@ def test_killed_and_not_allowed_to_repeat(tmp_path: Path, transport: str) -> Non
 @TRANSPORTS
 @pytest.mark.slow
 def test_a_server_that_goes_away_in_order_loses_nothing(tmp_path: Path, transport: str) -> None:
-    with Restarts(tmp_path, transport, 60, 150, kill=False) as server, ScoringClient(server.address, model="echo") as client:
+    with Restarts(tmp_path, transport, 60, 150, kill=False) as server, server.client() as client:
         good, bad = split(list(client.infer_many(server.items(), on_error="return", in_flight=32, outage_s=60)))
     assert (good, bad) == (list(range(150)), [])
     assert sorted(ran(tmp_path)) == list(range(150))
