@@ -21,7 +21,7 @@ class Heard:
     """What came back on one stream."""
 
     headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
+    body: bytearray = field(default_factory=bytearray)
     trailers: dict[str, str] = field(default_factory=dict)
     ended: bool = False
     reset: int | None = None
@@ -179,14 +179,12 @@ def framed(*messages: bytes, flag: int = 0) -> bytes:
     return b"".join(bytes([flag]) + len(m).to_bytes(4, "big") + m for m in messages)
 
 
-def unframed(body: bytes) -> list[bytes]:
+def unframed(body: bytes | bytearray) -> list[bytes]:
     """The messages of a body of whole frames."""
-    found = []
-    while body:
-        size = int.from_bytes(body[1:5], "big")
-        assert body[0] == 0 and len(body) >= 5 + size, "a frame is cut"
-        found.append(body[5:5 + size])
-        body = body[5 + size:]
+    found, at = [], 0
+    while at < len(body):
+        end = at + 5 + int.from_bytes(body[at + 1:at + 5], "big")
+        assert body[at] == 0 and len(body) >= max(end, at + 5), "a frame is cut"
+        found.append(bytes(body[at + 5:end]))
+        at = end
     return found
-
-

@@ -145,7 +145,7 @@ def stream(address: str) -> float:
                 while len(heard.body) >= at + 5 and \
                         len(heard.body) >= (next_ := at + 5 + int.from_bytes(heard.body[at + 1:at + 5], "big")):
                     at, answered = next_, answered + 1
-            heard.body = b""
+            heard.body.clear()
             made += BUNCH
     return made / SECONDS
 

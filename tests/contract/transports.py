@@ -60,7 +60,7 @@ class Served:
         found = []
         for path in sorted(self.spool.iterdir()):
             if path.suffix in (".seg", ".live"):
-                for frame in Reader(path.read_bytes()):
+                for frame in Reader(_bytes(path)):
                     words = dict(zip(RECORD_WORDS, frame.text(), strict=False)) if frame.kind == RECORD else {}
                     if words.get("request_id") == request_id:
                         found.append(words | {"request": frame.request, "response": frame.response})
@@ -73,6 +73,14 @@ class Served:
         """The sum over a metric's labels."""
         lines = self.replica.get("/metrics")[1].decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + " ", name + "{")))
+
+
+def _bytes(path: Path) -> bytes:
+    """A segment's, which may be closed meanwhile and have another name then."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return path.with_suffix(".seg").read_bytes()
 
 
 @contextlib.contextmanager
