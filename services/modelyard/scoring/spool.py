@@ -22,8 +22,9 @@ from ..core.segments import START, new_mark, pack_json
 
 GRANT = "grant"
 PLAIN = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-PIECES = 1000
-"""Below the kernel's IOV_MAX of 1024: more pieces than this are joined before they are written."""
+JOINED, PIECES = 2**20, 1000
+"""Up to so many bytes, joining the pieces costs less than telling the kernel of each; and more pieces than that (its
+IOV_MAX is 1024) it does not take."""
 
 
 class LiveSegment:
@@ -56,11 +57,11 @@ class LiveSegment:
             raise
 
     def write(self, pieces: Sequence[bytes], holds: int = 1) -> None:
-        """All of it with one writev, or an OSError and nothing of it in the file. ``holds`` tells how many
+        """All of it with one write, or an OSError and nothing of it in the file. ``holds`` tells how many
         frames worth shipping it carries."""
-        if len(pieces) > PIECES:
-            pieces = [b"".join(pieces)]
         wanted = sum(map(len, pieces))
+        if wanted <= JOINED or len(pieces) > PIECES:
+            pieces = (b"".join(pieces),)
         try:
             written = os.writev(self._fd, pieces)
             if written != wanted:
