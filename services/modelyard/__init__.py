@@ -1,6 +1,7 @@
 """Modelyard takes a trained model to where it is used and tells you how it does there.
 
-``Client`` and ``AsyncClient`` are the SDK; ``model_path`` is for scoring files. Each is imported when it is used.
+``Client`` and ``AsyncClient`` are the SDK, with ``ScoringClient`` and ``AsyncScoringClient`` for calls to a deployment;
+``model_path`` is for scoring files. Each is imported when it is used.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from .core.version import __version__
 if TYPE_CHECKING:
     from .capture import model_path as model_path
     from .client import AsyncClient as AsyncClient
+    from .client import AsyncScoringClient as AsyncScoringClient
     from .client import Client as Client
+    from .client import ScoringClient as ScoringClient
 
-__all__ = ["AsyncClient", "Client", "__version__", "model_path"]
+__all__ = ["AsyncClient", "AsyncScoringClient", "Client", "ScoringClient", "__version__", "model_path"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Client", "AsyncClient"):
+    if name in ("Client", "AsyncClient", "ScoringClient", "AsyncScoringClient"):
         from . import client
 
         return getattr(client, name)

@@ -15,12 +15,12 @@ Rows are kept with the prediction id of the call that is being answered, so they
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .core.layout import COLLECTOR_NAME
 from .scoring.collect import bound
-from .scoring.context import CURRENT
+from .scoring.context import CURRENT, Current
 from .scoring.image import model_path
 
 __all__ = ["RESERVED", "Collector", "model_path"]
@@ -46,6 +46,9 @@ class Collector:
         """Keeps the rows of ``x``: a numpy array (one row when it has one dimension; further dimensions become
         nested lists), a pandas frame or series, a list of rows, a list of values or a dict of columns.
 
+        In ``run_batch``, as many rows as it was given are joined to the calls they came from, in order; another
+        number of rows to the first of the calls.
+
         True when the rows were handed to capture. Outside a call of a scoring server there is nothing to join
         them with: they are not kept, which is said once in the log, and the answer is False. Raises ValueError
         when ``x`` does not have as many columns as this collector.
@@ -63,8 +66,21 @@ class Collector:
                             self.name)
             return False
         if rows:
-            sink.collect(self.name, current.prediction_id, columns, rows)
+            for prediction_id, its in _by_call(current, rows):
+                sink.collect(self.name, prediction_id, columns, its)
         return True
+
+
+def _by_call(current: Current, rows: list[list[Any]]) -> Iterator[tuple[str, list[list[Any]]]]:
+    """Rows and the predictions they belong to. In ``run_batch``, as many rows as it was given are its calls' own, in
+    order; of another number nobody knows, so they are kept with the first."""
+    if sum(n for _, n in current.rows) != len(rows):
+        yield current.prediction_id, rows
+        return
+    at = 0
+    for prediction_id, n in current.rows:
+        yield prediction_id, rows[at:at + n]
+        at += n
 
 
 def _columns(names: Sequence[Any]) -> list[str]:

@@ -24,6 +24,7 @@ DRIVERS = {
     "faust": ["stream.py"],
     "grpc": ["scoring/*", "client/*", "wire/*"],
     "grpc_health": ["scoring/*"],
+    "h2corn": ["scoring/transport_h2.py"],
     "grpc_reflection": ["scoring/*"],
     "aiohttp": ["kernel/*", "*/api.py", "client/*", "scoring/*", "adapters/*_http.py", "node.py"],
     "pydantic": ["core/*", "kernel/*", "client/*", "settings.py", "adapters/store_*", "registry/*", "image_builder/*",

@@ -12,13 +12,18 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from modelyard.adapters import urls
 from modelyard.ports.targets import DeploymentTarget, Observed, Workload
+from modelyard.wire import inference_pb2 as pb
+from modelyard.wire.inference_pb2_grpc import GRPCInferenceServiceStub
 from tests import handmade
+from tests.integration.load import OPTIONS
 
 pytestmark = pytest.mark.slow
+WHO = "import os\nimport numpy as np\ndef run(data):\n    return np.array([os.getpid()])\n"
 KINDS = ("grpc", "channel", "kept", "once")
 
 
@@ -61,7 +66,7 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
     images = await urls.open_images(f"oci-layout://{tmp_path}/images")
     grants = await urls.open_grants(f"file://{tmp_path}/blobs")
     target = await urls.open_target("local", "process://", images=images, data=tmp_path)
-    scores = {1: handmade.SLOW % 1, 2: handmade.SLOW % 2, 3: handmade.BROKEN}
+    scores = {1: handmade.SLOW % 1, 2: handmade.SLOW % 2, 3: handmade.BROKEN, 4: WHO}
     digests = {n: await handmade.image(images, "scorer", str(n), score) for n, score in scores.items()}
     yield Stage(target, digests, await grants.lend("default", "iris", 3600))
     await target.remove("default", "iris")
@@ -112,6 +117,32 @@ async def test_a_replica_that_ends_fails_no_call(stage: Stage, sig: signal.Signa
         await stage.hurt(sig)
         await stage.hurt(sig)
     nothing_failed(told, {1})
+
+
+async def test_open_channels_move_to_a_replica_that_joins(stage: Stage) -> None:
+    """A connection belongs to one replica, so without this a replica that came later would have nothing to do."""
+    address = (await stage.serve(4, replicas=1)).endpoints["grpc"]
+    channels = [grpc.aio.insecure_channel(address, OPTIONS) for _ in range(4)]
+
+    async def who() -> set[str]:
+        return set(await asyncio.gather(*(infer(channel) for channel in channels)))
+
+    first = await who()
+    assert len(first) == 1
+    await stage.serve(4, replicas=2)
+    async with asyncio.timeout(30):
+        while len(await who()) < 2:
+            await asyncio.sleep(0.05)
+    for channel in channels:
+        await channel.close()
+
+
+async def infer(channel: grpc.aio.Channel) -> str:
+    tensor = pb.ModelInferRequest.InferInputTensor(name="data", datatype="INT64", shape=[1])
+    tensor.contents.int64_contents.append(1)
+    reply = await GRPCInferenceServiceStub(channel).ModelInfer(
+        pb.ModelInferRequest(model_name="iris", inputs=[tensor]), timeout=20)
+    return str(reply.outputs[0].contents)
 
 
 async def test_a_broken_candidate_fails_no_call(stage: Stage) -> None:

@@ -21,6 +21,8 @@ from modelyard.core.segments import (
     pack_json,
     pack_words,
 )
+from modelyard.scoring.records import Records
+from modelyard.scoring.tally import Finished
 
 
 def segment(records: int, seed: int = 1, size: int = 60) -> tuple[bytes, list[int]]:
@@ -142,3 +144,15 @@ def test_percentiles_are_close() -> None:
         assert percentile(counts, share) == pytest.approx(true, rel=0.07)
     assert percentiles({-1: 5}) == {"p50": None, "p90": None, "p99": None}
     assert slot(1_700_000_009_999_999_999) == 1_700_000_000 and SLOT_S == 10
+
+
+@pytest.mark.parametrize("odd", ["r1", "", "a\0b", "\ud800", "ü" * 70_000])
+def test_calls_are_packed_as_any_frame_is(odd: str) -> None:
+    mark = new_mark(b"abcd")
+    calls = [Finished(f"p{n}", odd, "iris:4", "grpc", "ModelInfer", "OK", n, n + 1, n + 2, b"ask" * n, "a/b",
+                      b"say" * n, "c/d", "t" * 32) for n in range(3)]
+    words = [pack_words((c.prediction_id, odd, c.model, c.protocol, c.method, c.status, "a/b", "c/d", c.trace_id))
+             for c in calls]
+    expected = b"".join(b"".join(pack(mark, RECORD, words[n], c.request, c.response, 8 + n, c.started_ns, c.latency_ns,
+                                      c.queue_ns)) for n, c in enumerate(calls))
+    assert b"".join(Records(()).pieces(mark, calls, 7)) == expected

@@ -17,6 +17,7 @@ from modelyard.adapters.blobs_dir import DirBlobs, DirGrants, open_grant
 from modelyard.core.errors import Unavailable
 from modelyard.scoring import shipper as shipping
 from modelyard.scoring.capture import CaptureLog
+from modelyard.scoring.pace import BACKLOG, Pace
 from modelyard.scoring.shipper import Grant, Shipper
 from tests.unit.test_capture_log import ABOUT, REPLICA, call
 
@@ -193,3 +194,48 @@ def test_it_needs_the_standard_library_only() -> None:
             "('pydantic', 'numpy', 'aiohttp', 'grpc', 'orjson', 'pyarrow')])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def policies(pid: int) -> list[int]:
+    """The scheduling policy of each thread."""
+    found = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(ProcessLookupError):
+            found.append(os.sched_getscheduler(int(task)))
+    return found
+
+
+async def test_it_works_at_idle_priority(store: Store) -> None:
+    process = await asyncio.to_thread(subprocess.Popen, command(store, await store.lend()), stderr=subprocess.PIPE)
+    try:
+        store.segment(1)
+        await until(lambda: bool(store.shipped()), 20)
+        assert os.SCHED_IDLE in await asyncio.to_thread(policies, process.pid)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+    finally:
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 10) == 0
+
+
+async def paced() -> tuple[Pace, list[tuple[int, bool]]]:
+    """How threads of the default executor are scheduled, by how many segments wait."""
+    pace = Pace()
+    seen = []
+    for waiting in (0, BACKLOG, BACKLOG + 1, BACKLOG, 1, 0, 1):
+        pace.waiting(waiting)
+        seen.append((waiting, await asyncio.to_thread(lambda: os.sched_getscheduler(0) == os.SCHED_IDLE)))
+    return pace, seen
+
+
+def test_it_hurries_from_a_backlog_on_until_nothing_waits() -> None:
+    pace, seen = asyncio.run(paced())
+    pace.close()
+    assert [idle for _, idle in seen] == [True, True, False, False, False, True, True], seen
+
+
+async def test_a_backlog_is_told_and_worked_off(store: Store) -> None:
+    for number in range(8):
+        store.segment(number)
+    heard: list[int] = []
+    assert await Shipper(store.spool, await store.lend(), open_grant, heard.append).once()
+    assert heard == [8, 7, 6, 5, 4, 3, 2, 1, 0]

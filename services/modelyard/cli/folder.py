@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core.errors import Invalid
 
-ALONE = (".onnx", ".skops", ".joblib", ".pkl", ".pickle")
+ALONE = (".onnx", ".skops", ".ubj", ".joblib", ".pkl", ".pickle")
 """Endings of files that are served without any code."""
 PICKLES = (".joblib", ".pkl", ".pickle")
 NOT_MODEL = (".py", ".md", ".rst", ".ipynb")

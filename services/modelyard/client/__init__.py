@@ -1,4 +1,5 @@
-"""The SDK: ``Client`` (blocking) and ``AsyncClient`` with the same methods, over the HTTP API of any yard."""
+"""The SDK: ``Client`` (blocking) and ``AsyncClient`` with the same methods, over the HTTP API of any yard;
+``ScoringClient`` and ``AsyncScoringClient`` for calls to a deployment, by its gRPC address alone."""
 
 from __future__ import annotations
 
@@ -14,22 +15,23 @@ from .verify import Verification
 
 if TYPE_CHECKING:
     from .apply import Change as Change
+    from .channels import Tls as Tls
     from .events import Event as Event
+    from .inference import AsyncScoringClient as AsyncScoringClient
+    from .inference_sync import ScoringClient as ScoringClient
 
 __all__ = [
-    "AsyncClient", "AsyncDeployment", "AsyncImage", "AsyncModel", "Capture", "Change", "Client", "Deployment", "Event",
-    "Image", "Model", "Progress", "Verification",
+    "AsyncClient", "AsyncDeployment", "AsyncImage", "AsyncModel", "AsyncScoringClient", "Capture", "Change", "Client",
+    "Deployment", "Event", "Image", "Model", "Progress", "ScoringClient", "Tls", "Verification",
 ]
+LATE = {"Change": "apply", "Event": "events", "ScoringClient": "inference_sync", "AsyncScoringClient": "inference",
+        "Tls": "channels"}
+"""Documents with rules, and what needs gRPC and numpy: imported when they are asked for."""
 
 
 def __getattr__(name: str) -> Any:
-    """``Change`` and ``Event`` are documents with rules: imported when they are asked for."""
-    if name == "Change":
-        from .apply import Change
+    if name in LATE:
+        from importlib import import_module
 
-        return Change
-    if name == "Event":
-        from .events import Event
-
-        return Event
+        return getattr(import_module(f".{LATE[name]}", __name__), name)
     raise AttributeError(f"module 'modelyard.client' has no attribute '{name}'")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ModelyardError, NotFound
 from .fields import DeploymentFields, Reference, reference
@@ -13,6 +13,9 @@ from .models import absent_dropped, pages, pairs
 from .scoring import Answer, AsyncScorer, Data
 from .uploads import OnProgress, Progress
 from .waiting import reason_of, settle
+
+if TYPE_CHECKING:
+    from .inference import AsyncScoringClient
 
 CaptureChoice = bool | Mapping[str, Any]
 """True and False switch capture on and off; a map is the document's ``capture`` part."""
@@ -55,6 +58,14 @@ class AsyncDeployment(DeploymentFields):
     async def score(self, data: Data, *, protocol: str = "rest", timeout_s: float = 60.0) -> Answer:
         """As ``deployments.score``."""
         return await self._deployments.score(self, data, protocol=protocol, timeout_s=timeout_s)
+
+    def client(self, **options: Any) -> AsyncScoringClient:
+        """A scoring client for this deployment, for many calls and for streams: ``infer``, ``infer_many``. ``options``
+        as ``ScoringClient`` has them; ``model`` is the deployment's name unless it says otherwise. It has connections
+        of its own: close it. Raises Unavailable when the deployment has no address yet."""
+        from .inference import AsyncScoringClient
+
+        return AsyncScoringClient(self.grpc_address, **{"model": self.id, **options})
 
     async def update(self, /, **changes: Any) -> AsyncDeployment:
         """As ``deployments.update``; the object shows the new state."""

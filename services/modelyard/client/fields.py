@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from ..core.errors import Unavailable
+
 
 class HasId(Protocol):
     """A thing with an id: a model, an image, a deployment."""
@@ -121,3 +123,10 @@ class DeploymentFields(Fields):
     def endpoints(self) -> Mapping[str, str]:
         """``{"grpc": "127.0.0.1:8081", "rest": "http://127.0.0.1:8080"}``; empty until ports are chosen."""
         return dict(self.document.get("endpoints") or {})
+
+    @property
+    def grpc_address(self) -> str:
+        """Where gRPC clients call. Raises Unavailable until there is such a place."""
+        if not (address := self.endpoints.get("grpc")):
+            raise Unavailable(f"deployment '{self.id}' has no address yet; wait until it is healthy")
+        return address

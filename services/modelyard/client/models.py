@@ -94,9 +94,9 @@ class AsyncModels:
     ) -> AsyncModel:
         """Uploads a file or a folder and registers it as the next version of ``name``.
 
-        ``framework`` is taken from the file's ending when absent (``.onnx``, ``.skops``, ``.joblib``, a folder
-        with ``MLmodel``). ``trusted`` says that loading the file may run code it holds (joblib, pickle) and that
-        it is yours. ``parent`` is the model it was made from. Raises Invalid with every problem at once.
+        ``framework`` is taken from the file's ending when absent (``.onnx``, ``.skops``, ``.joblib``, ``.ubj``, a
+        folder with ``MLmodel``). ``trusted`` says that loading the file may run code it holds (joblib, pickle) and
+        that it is yours. ``parent`` is the model it was made from. Raises Invalid with every problem at once.
 
         >>> model = yard.models.register("iris", "model.onnx", tags={"team": "flora"}, properties={"accuracy": "0.97"})
         >>> model.id

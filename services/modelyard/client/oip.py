@@ -11,7 +11,7 @@ import grpc.aio
 import numpy as np
 
 from ..core import inference
-from ..core.errors import Invalid, ModelyardError, NotFound, TooLarge, Unavailable
+from ..core.errors import Denied, Invalid, ModelyardError, NotFound, TooLarge, Unavailable
 from ..core.inference import Inference
 from ..core.tensors import DTYPES, Tensor
 from ..wire import inference_pb2 as pb
@@ -21,10 +21,12 @@ RETRY = {
     "maxAttempts": 5, "initialBackoff": "0.05s", "maxBackoff": "1s", "backoffMultiplier": 2,
     "retryableStatusCodes": ["UNAVAILABLE"],
 }
-SERVICE_CONFIG = json.dumps({
-    "methodConfig": [{"name": [{"service": "inference.GRPCInferenceService"}], "retryPolicy": RETRY}],
-})
-"""Any gRPC client that sets this rides through upgrades and restarts without a failed call."""
+UNARY = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
+SERVICE_CONFIG = json.dumps({"methodConfig": [{
+    "name": [{"service": "inference.GRPCInferenceService", "method": name} for name in UNARY], "retryPolicy": RETRY,
+}]})
+"""Any gRPC client that sets this rides through upgrades and restarts without a failed call. Streams are not repeated
+by the library: it would send again what was scored already."""
 OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.service_config", SERVICE_CONFIG), ("grpc.enable_retries", 1),
     ("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1),
@@ -46,7 +48,7 @@ class Channel:
 
     async def score(self, model: str, data: Any, timeout_s: float) -> Any:
         """Rows, a dict, an array or a frame as tensors; the outputs by name, or the JSON that a lone output held."""
-        tensors = to_tensors(data, await self._declared(model, timeout_s) if _asks(data) else {})
+        tensors = to_tensors(data, await self._declared(model, timeout_s) if asks(data) else {})
         answer = await self.infer(Inference(model, tensors=tensors), timeout_s)
         if len(answer.tensors) == 1 and _holds_json(answer.tensors[0]):
             return json.loads(answer.tensors[0].array.reshape(-1)[0])
@@ -75,12 +77,20 @@ class Channel:
 
 
 def error_from(code: grpc.StatusCode, details: str, address: str) -> ModelyardError:
-    """A gRPC status as an error of our own tree."""
+    """A gRPC status as an error of our own tree; ``detail["status"]`` is its name."""
+    error = _error(code, details, address)
+    error.detail["status"] = code.name
+    return error
+
+
+def _error(code: grpc.StatusCode, details: str, address: str) -> ModelyardError:
     status = grpc.StatusCode
     if code in (status.INVALID_ARGUMENT, status.UNIMPLEMENTED, status.OUT_OF_RANGE):
-        return Invalid(details)
+        return Invalid(details or code.name)
     if code is status.NOT_FOUND:
         return NotFound(details)
+    if code in (status.UNAUTHENTICATED, status.PERMISSION_DENIED):
+        return Denied(details or code.name)
     if code is status.RESOURCE_EXHAUSTED:
         return TooLarge(details) if "large" in details or "bytes" in details else Unavailable(details)
     if code is status.DEADLINE_EXCEEDED:
@@ -90,7 +100,7 @@ def error_from(code: grpc.StatusCode, details: str, address: str) -> ModelyardEr
     return ModelyardError(details or code.name, code="scoring-failed")
 
 
-def _asks(data: Any) -> bool:
+def asks(data: Any) -> bool:
     """Whether the data leaves a name or a datatype to what the model declares: rows, an array, a dict of lists."""
     if isinstance(data, Mapping):
         return any(isinstance(v, (list, tuple)) for v in data.values())

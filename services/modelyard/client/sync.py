@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .capture import AsyncCapture
 from .client import AsyncClient
@@ -13,6 +14,9 @@ from .faces import Face, Portal, again, blocks, gives, lists, yields
 from .fields import DeploymentFields, ImageFields, ModelFields, Reference
 from .images import AsyncImage, AsyncImages
 from .models import AsyncModel, AsyncModels
+
+if TYPE_CHECKING:
+    from .inference_sync import ScoringClient
 
 
 class Model(ModelFields, Face[AsyncModel]):
@@ -86,6 +90,13 @@ class Deployment(DeploymentFields, Face[AsyncDeployment]):
     reload = again(AsyncDeployment.reload)
     wait = again(AsyncDeployment.wait)
     score = blocks(AsyncDeployment.score)
+
+    @functools.wraps(AsyncDeployment.client)
+    def client(self, **options: Any) -> ScoringClient:
+        from .inference_sync import ScoringClient
+
+        return ScoringClient(self.grpc_address, **{"model": self.id, **options})
+
     update = again(AsyncDeployment.update)
     scale = again(AsyncDeployment.scale)
     rollback = again(AsyncDeployment.rollback)

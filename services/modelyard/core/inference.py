@@ -13,12 +13,13 @@ Generated code is imported when the first message is read or written.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import Invalid
-from .tensors import FIELDS, Tensor, bad, fill_typed, from_json, from_raw, from_typed, to_json, to_raw
+from .tensors import FIELDS, Tensor, bad, fill_typed, from_json, from_raw, from_typed, to_json, to_raw, varint
 
 if TYPE_CHECKING:
     from ..wire.inference_pb2 import ModelInferRequest, ModelInferResponse
@@ -47,15 +48,22 @@ class Inference:
     raw: bool = True
 
 
-def parse_request(wire: bytes) -> ModelInferRequest:
-    """The protobuf message. Raises Invalid for bytes that are none."""
+@functools.cache
+def _generated() -> tuple[Any, Any, Any, Any]:
+    """The generated classes and what they raise; an import statement at every call would cost more than parsing."""
     from google.protobuf.message import DecodeError
 
-    from ..wire.inference_pb2 import ModelInferRequest
+    from ..wire import inference_pb2 as pb
 
+    return pb.ModelInferRequest, pb.ModelInferResponse, pb.ModelStreamInferResponse, DecodeError
+
+
+def parse_request(wire: bytes) -> ModelInferRequest:
+    """The protobuf message. Raises Invalid for bytes that are none."""
+    request_class, _, _, error = _generated()
     try:
-        return ModelInferRequest.FromString(wire)
-    except DecodeError as exc:
+        return cast("ModelInferRequest", request_class.FromString(wire))
+    except error as exc:
         raise Invalid("the body is not a ModelInferRequest") from exc
 
 
@@ -74,14 +82,10 @@ def read_request(wire: bytes) -> Inference:
 
 def read_response(wire: bytes, stream: bool = False) -> Inference:
     """A ModelInferResponse's bytes, or with ``stream`` a ModelStreamInferResponse's."""
-    from google.protobuf.message import DecodeError
-
-    from ..wire.inference_pb2 import ModelInferResponse, ModelStreamInferResponse
-
+    _, response_class, stream_class, error = _generated()
     try:
-        message = ModelStreamInferResponse.FromString(wire).infer_response if stream else \
-            ModelInferResponse.FromString(wire)
-    except DecodeError as exc:
+        message = stream_class.FromString(wire).infer_response if stream else response_class.FromString(wire)
+    except error as exc:
         raise Invalid("the body is not a ModelInferResponse") from exc
     tensors = read_tensors(message.outputs, message.raw_output_contents, "raw_output_contents")
     return Inference(message.model_name, message.model_version, message.id, parameters(message.parameters), tensors,
@@ -92,12 +96,11 @@ def read_tensors(entries: Sequence[Any], raws: Sequence[bytes], where: str) -> l
     """Tensor messages and their raw contents → tensors. Raw and typed contents exclude each other."""
     if raws and len(raws) != len(entries):
         raise Invalid(f"{where} has {len(raws)} entries for {len(entries)} tensors; it needs one for each")
-    tensors, seen = [], set()
-    for position, entry in enumerate(entries):
+    tensors: list[Tensor] = []
+    for position, entry in enumerate(entries[:]):  # a slice is a list: faster to walk than protobuf's own container
         name = entry.name
-        if name in seen:
+        if tensors and any(tensor.name == name for tensor in tensors):
             raise bad(name, "is given twice")
-        seen.add(name)
         if raws:
             if entry.HasField("contents"):
                 raise bad(name, f"has both contents and {where}; send one of the two")
@@ -144,25 +147,56 @@ def _put_tensors(tensors: Sequence[Tensor], raw: bool, entries: Any, raws: Any) 
 
 def write_request(call: Inference) -> bytes:
     """A ModelInferRequest's bytes."""
-    from ..wire.inference_pb2 import ModelInferRequest
-
-    message = ModelInferRequest(model_name=call.model, model_version=call.version, id=call.id)
+    message = _generated()[0](model_name=call.model, model_version=call.version, id=call.id)
     _put_parameters(call.parameters, message.parameters)
     _put_tensors(call.tensors, call.raw, message.inputs, message.raw_input_contents)
     for name in call.outputs:
         message.outputs.add(name=name)
-    return message.SerializeToString()
+    return cast(bytes, message.SerializeToString())
 
 
 def response_message(answer: Inference) -> ModelInferResponse:
     """A ModelInferResponse, its tensors raw or typed as ``answer.raw`` says."""
-    from ..wire.inference_pb2 import ModelInferResponse
-
-    message = ModelInferResponse(model_name=answer.model, model_version=answer.version, id=answer.id)
+    message: ModelInferResponse = _generated()[1](model_name=answer.model, model_version=answer.version, id=answer.id)
     if answer.parameters:
         _put_parameters(answer.parameters, message.parameters)
     _put_tensors(answer.tensors, answer.raw, message.outputs, message.raw_output_contents)
     return message
+
+
+def response_bytes(answer: Inference) -> bytes:
+    """A ModelInferResponse's bytes. Of a raw answer without parameters they are put together from pieces, of which
+    only ``id`` and the contents are new each time: serialized messages, one behind the other, are one message."""
+    tensors = answer.tensors
+    if not answer.raw or answer.parameters or any(t.parameters for t in tensors):
+        return response_message(answer).SerializeToString()
+    pieces = [_names(answer.model, answer.version)]
+    if answer.id:
+        given = answer.id.encode()
+        pieces += (b"\x1a", varint(len(given)), given)
+    pieces.append(_outputs(tuple([(t.name, t.datatype, t.array.shape) for t in tensors])))
+    for tensor in tensors:
+        raw = tensor.array.tobytes() if tensor.datatype != "BYTES" else to_raw(tensor)
+        pieces += (b"\x32", varint(len(raw)), raw)
+    return b"".join(pieces)
+
+
+def streamed(response: bytes) -> bytes:
+    """A ModelInferResponse's bytes inside those of a ModelStreamInferResponse."""
+    return b"".join((b"\x12", varint(len(response)), response))
+
+
+@functools.lru_cache(1024)
+def _names(model: str, version: str) -> bytes:
+    return cast(bytes, _generated()[1](model_name=model, model_version=version).SerializeToString())
+
+
+@functools.lru_cache(1024)
+def _outputs(tensors: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
+    message = _generated()[1]()
+    for name, datatype, shape in tensors:
+        message.outputs.add(name=name, datatype=datatype, shape=shape)
+    return cast(bytes, message.SerializeToString())
 
 
 # JSON -----------------------------------------------------------------------------------------------------------

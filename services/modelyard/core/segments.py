@@ -31,9 +31,9 @@ nanoseconds), checksum of the payload. A checksum of these bytes follows."""
 HEADER = HEAD.size + 4
 WORDS_LIMIT = 65_535
 WORD_LIMIT = 4096
-REASONS = ("off", "sampled", "refused", "dropped", "write-failed")
-"""Why a counted call was not recorded: capture is off; not chosen by sampling; turned away before it was admitted;
-the spool is full; the disk refused the write."""
+REASONS = ("off", "sampled", "refused", "pressed", "dropped", "write-failed")
+"""Why a counted call was not recorded: capture is off; not chosen by sampling; turned away before it was admitted, or
+because the spool was full; the spool was full and it was answered all the same; the disk refused the write."""
 LOSSES = ("dropped", "write-failed")
 """The reasons that nobody chose."""
 

@@ -27,6 +27,8 @@ MODEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9\-._]{0,254}$")
 IMAGE_NAME = re.compile(r"^[a-z0-9](?:[a-z0-9]|[.\-](?=[a-z0-9])){1,30}[a-z0-9]$")
 DEPLOYMENT_NAME = re.compile(r"^[a-z](?:[a-z0-9]|-(?=[a-z0-9])){1,30}[a-z0-9]$")
 ALIAS_NAME = re.compile(r"^[A-Za-z][A-Za-z0-9\-._]{0,254}$")
+SAMPLING_KEY = re.compile(
+    r"^(?:prediction_id|request_id|trace_id|input:.{1,255}|header:[a-z0-9][a-z0-9_.\-]{0,126})$")
 MEMORY = re.compile(r"^[1-9][0-9]*(?:Ki|Mi|Gi|Ti|k|M|G|T)?$")
 SERVER_FIELDS = frozenset({
     "kind", "id", "workspace", "version", "generation", "created", "updated", "phase", "conditions",
@@ -53,6 +55,8 @@ ImageName = Annotated[StrictStr, _matches(
 DeploymentName = Annotated[StrictStr, _matches(
     DEPLOYMENT_NAME, "a deployment name is 3-32 lower-case letters, digits or '-', starts with a letter, "
     "ends with a letter or digit, and has no '--'")]
+SamplingKey = Annotated[StrictStr, _matches(
+    SAMPLING_KEY, "a sampling key is prediction_id, request_id, trace_id, input:NAME or header:NAME in lower case")]
 Digest = Annotated[StrictStr, _matches(DIGEST, "a digest is sha256: and 64 lower-case hexadecimal digits")]
 TextMap = Annotated[
     dict[Annotated[StrictStr, Field(min_length=1, max_length=255)], Annotated[StrictStr, Field(max_length=4096)]],
@@ -181,11 +185,23 @@ class Resources(SpecPart):
 
 
 class Capture(SpecPart):
-    """What of the traffic is kept. ``sampling`` is the share of successful calls; failures are always kept."""
+    """What of the traffic is kept.
+
+    ``sampling`` is the share of successful calls; failures are always kept. ``sampling_key`` says what the lot is drawn
+    by, so that calls with the same key are all kept or none: ``prediction_id`` (each call by itself), ``request_id``,
+    ``trace_id``, ``input:NAME`` (the values of an input) or ``header:NAME`` (a gRPC metadata key or HTTP header, in
+    lower case). A call without the key is drawn by itself. ``redact`` names inputs, outputs, fields of JSON bodies and
+    columns of collectors whose values are taken out before anything is written. ``sync: always`` waits for the disk
+    before the answer leaves: it survives a loss of power. ``spool_bytes`` caps what waits to be shipped (1 GiB).
+    """
 
     enabled: bool = False
     sampling: Annotated[float, Field(ge=0, le=1)] = 1.0
+    sampling_key: SamplingKey = "prediction_id"
+    redact: Annotated[list[Annotated[StrictStr, Field(min_length=1, max_length=255)]], Field(max_length=256)] = []
+    sync: Literal["never", "always"] = "never"
     on_pressure: Literal["drop", "reject", "block"] = "drop"
+    spool_bytes: Annotated[int, Field(ge=2**20, le=2**50)] | None = None
     retention_days: Annotated[int, Field(ge=1, le=3650)] = 30
 
 

@@ -7,8 +7,10 @@ Messages (whole requests and responses) are in ``inference.py``. numpy is import
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,9 +36,15 @@ FIELDS: dict[str, str] = {
 """Datatype → its field of InferTensorContents; FP16 and BF16 have none: they travel raw."""
 WIRE: dict[str, str] = {"uint_contents": "u4", "int_contents": "i4"}
 """Fields that hold several datatypes → what the field itself holds."""
+PACKED: dict[str, bytes] = {"BOOL": b"\x0a", "FP32": b"\x32", "FP64": b"\x3a"}
+"""Datatype → the tag of its field, where the field's packed elements are the array's own bytes: a hundred times faster
+both ways than element by element."""
+SMALL = tuple(bytes((n,)) for n in range(128))
 ITEM: dict[str, int] = {name: 2 if name == "BF16" else int(dtype[1:] or 1) if dtype != "?" else 1
                         for name, dtype in DTYPES.items() if name != "BYTES"}
 MAX_RANK = 32
+MOST = 2**40
+LITTLE = sys.byteorder == "little"
 
 
 @dataclass(slots=True)
@@ -64,30 +72,51 @@ def count(name: str, datatype: str, shape: Sequence[int]) -> int:
         raise bad(name, f"datatype '{datatype}' is unknown; use one of {', '.join(DTYPES)}")
     if len(shape) > MAX_RANK:
         raise bad(name, f"{len(shape)} dimensions are more than {MAX_RANK}")
+    total = 1
     for size in shape:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        if type(size) is not int or size < 0:
             raise bad(name, f"shape {list(shape)} must be whole numbers of 0 or more")
-    total = math.prod(shape)
-    if total > 2**40 or max(shape, default=0) > 2**40:
+        total *= size
+    if total > MOST or (total == 0 and math.prod(size for size in shape if size) > MOST):  # numpy multiplies them too
         raise bad(name, f"shape {list(shape)} holds too many elements")
     return total
 
 
 def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Array:
     """Raw contents (little-endian, row-major) → array; fixed-size types share ``raw``'s memory, read-only."""
-    import numpy as np
-
+    shape = tuple(shape[:])
     total = count(name, datatype, shape)
     if datatype == "BYTES":
         return objects(name, _frames(name, raw), shape)
     if len(raw) != total * ITEM[datatype]:
         raise bad(name, f"{datatype} of shape {list(shape)} needs {total * ITEM[datatype]} raw bytes, not {len(raw)}")
+    import numpy as np
+
     if datatype == "BF16":
         upper = np.frombuffer(raw, "<u2").astype(np.uint32) << 16
-        return upper.view(np.float32).reshape(tuple(shape))
+        return upper.view(np.float32).reshape(shape)
     if datatype == "BOOL":
-        return np.frombuffer(raw, "u1").astype(np.bool_).reshape(tuple(shape))
-    return np.frombuffer(raw, "<" + DTYPES[datatype]).reshape(tuple(shape))
+        return np.frombuffer(raw, "u1").astype(np.bool_).reshape(shape)
+    array: Array = np.ndarray(shape, _stored()[datatype], raw)
+    return array
+
+
+@functools.cache
+def _stored() -> dict[str, Any]:
+    """Datatype → numpy's dtype of its raw contents."""
+    import numpy as np
+
+    return {name: np.dtype("<" + dtype) for name, dtype in DTYPES.items() if name != "BYTES"}
+
+
+@functools.cache
+def _told() -> dict[str, str]:
+    """Type characters of arrays that are as the protocol wants them, byte order apart → datatype."""
+    import numpy as np
+
+    chars = {char: np.dtype(char) for char in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}
+    found = {char: "?" if dtype.kind == "b" else f"{dtype.kind}{dtype.itemsize}" for char, dtype in chars.items()}
+    return {char: DATATYPES[short] for char, short in found.items() if short in DATATYPES}
 
 
 def to_raw(tensor: Tensor) -> bytes:
@@ -139,7 +168,12 @@ def from_typed(name: str, datatype: str, shape: Sequence[int], contents: Any) ->
         raise bad(name, f"shape {list(shape)} needs {total} elements, not {len(values)}")
     if datatype == "BYTES":
         return objects(name, list(values), shape)
-    wide = np.array(values, WIRE.get(wanted, DTYPES[datatype]))
+    if datatype in PACKED and total:
+        size = total * ITEM[datatype]
+        head, raw = PACKED[datatype] + varint(size), contents.SerializeToString()
+        if raw.startswith(head) and len(raw) == len(head) + size:  # else it has fields that we do not know as well
+            return np.frombuffer(raw, _stored()[datatype], total, len(head)).reshape(tuple(shape[:]))
+    wide = np.array(values[:], WIRE.get(wanted, DTYPES[datatype]))
     return _narrow(name, wide, datatype).reshape(tuple(shape))
 
 
@@ -155,7 +189,24 @@ def _narrow(name: str, wide: Array, datatype: str) -> Array:
 
 def fill_typed(tensor: Tensor, contents: Any) -> None:
     """Puts the elements into an InferTensorContents. FP16 has no field: such a tensor is sent raw."""
-    getattr(contents, FIELDS[tensor.datatype]).extend(tensor.array.ravel().tolist())
+    tag = PACKED.get(tensor.datatype)
+    if tag is None:
+        getattr(contents, FIELDS[tensor.datatype]).extend(tensor.array.ravel().tolist())
+    elif tensor.array.size:
+        raw = tensor.array.tobytes()
+        contents.MergeFromString(b"".join((tag, varint(len(raw)), raw)))
+
+
+def varint(number: int) -> bytes:
+    """A length as protobuf writes it."""
+    if number < 128:
+        return SMALL[number]
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
 
 
 def from_json(name: str, datatype: str, shape: Sequence[int], data: Any) -> Array:
@@ -169,6 +220,8 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: Any) -> Arra
         return objects(name, [_as_bytes(name, item) for item in _flat(data)], shape)
     try:
         array = np.array(data)
+        if datatype == "UINT64" and array.dtype.kind == "f" and all(type(item) is int for item in _flat(data)):
+            array = np.array(data, np.uint64)  # numpy makes floats of small and very large numbers together
     except (ValueError, TypeError, OverflowError) as exc:
         raise bad(name, f"data is not an array ({exc})") from exc
     if array.size == 0:
@@ -214,6 +267,10 @@ def to_wire(name: str, array: Any) -> tuple[Array, str]:
     """
     import numpy as np
 
+    if LITTLE and type(array) is np.ndarray and array.flags.c_contiguous and array.dtype.isnative:
+        told = _told().get(array.dtype.char)
+        if told is not None:
+            return array, told
     array = np.ascontiguousarray(array).reshape(np.shape(array))
     kind = array.dtype.kind
     if kind in "SUOMm":

@@ -180,7 +180,7 @@ class Build:
 
     async def resolved(self) -> Lock:
         doc = self.doc
-        wanted = sorted({*self.server, *self.needs, *(requirement(r)[0] for r in doc.requirements)})
+        wanted = sorted(parts.once({*self.server, *self.needs, *(requirement(r)[0] for r in doc.requirements)}))
         name = key("resolved", wanted, doc.python_version, doc.platform, uv.index())
         for found in (await self.memo.get(name), await self.memo.shared(name)):
             if found and 0 <= time.time() - found["at"] < RESOLVED_S:
@@ -196,8 +196,8 @@ class Build:
         needs: set[str] = set()
         for place in self.places:
             needs |= parts.NEEDS.get(place.kind, set())
-            if place.framework == "scikit-learn" and place.kind and place.model.framework_version:
-                needs.add(f"scikit-learn=={place.model.framework_version}")
+            if place.kind in parts.PINS and place.model.framework_version:
+                needs.add(parts.PINS[place.kind].format(place.model.framework_version))
         return needs
 
     async def environment(self, lock: Lock) -> None:

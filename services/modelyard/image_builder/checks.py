@@ -18,6 +18,10 @@ from .model import ModelInput
 SCORE_LIMIT = 4_000_000
 PICKLE = ("is not named as a skops file (model.skops), and loading a pickle may run code: save it with skops, or "
           "register it with trusted: true if it is yours")
+TREES = ("lightgbm", "xgboost")
+PICKLED_TREES = ("is a pickle, and loading one may run code: save it with Booster.save_model, or register it with "
+                 "trusted: true if it is yours")
+PICKLES = (".joblib", ".pkl", ".pickle")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -39,8 +43,9 @@ def requirement(line: str) -> tuple[str, str]:
 
 
 def flavour(model: ModelInput) -> tuple[str, str]:
-    """What serves a model without a scoring file (``onnx``, ``skops``, ``pickle``, ``mlflow``: a folder that is looked
-    into when it is built) and "", or "" and why nothing does."""
+    """What serves a model without a scoring file (``onnx``, ``skops``, ``pickle``, ``lightgbm``, ``xgboost``, the
+    last two also as ``…-pickle``; ``mlflow``: a folder that is looked into when it is built) and "", or "" and why
+    nothing does."""
     name = (model.filename or "").lower()
     if model.framework == "mlflow" and model.unpack:
         return "mlflow", ""
@@ -48,9 +53,13 @@ def flavour(model: ModelInput) -> tuple[str, str]:
         return "", "is a folder: give a score.py that loads it"
     if model.framework == "onnx":
         return "onnx", ""
+    if model.framework in TREES:
+        if not name.endswith(PICKLES):
+            return model.framework, ""
+        return (f"{model.framework}-pickle", "") if model.trusted else ("", PICKLED_TREES)
     if model.framework != "scikit-learn":
-        return "", (f"is of framework '{model.framework or 'none'}': without a score.py only onnx and scikit-learn "
-                    "are served")
+        return "", (f"is of framework '{model.framework or 'none'}': without a score.py only onnx, scikit-learn, "
+                    f"{' and '.join(TREES)} are served")
     if name.endswith(".skops"):
         return "skops", ""
     return ("pickle", "") if model.trusted else ("", PICKLE)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from ..core import archives
 from ..core.errors import BuildFailed, Invalid
 from .checks import SCORE_LIMIT, flavour, requirement, score_problems
@@ -21,10 +23,18 @@ CODE = ("*.py", "core/*.py", "ports/*.py", "wire/*.py", "scoring/**/*.py", "scor
         "adapters/__init__.py", "adapters/blobs_azure_sas.py", "adapters/blobs_dir.py", "adapters/folder.py",
         "adapters/grants_lent.py")
 CODE_TOP = frozenset({"__init__.py", "capture.py"})
-NAMES = {"onnx": "model.onnx", "skops": "model.skops", "pickle": "model.joblib", "": "model"}
-NEEDS = {"onnx": {"onnxruntime"}, "skops": {"scikit-learn", "skops"}, "pickle": {"scikit-learn"}}
-MLFLOW = {"model.onnx": "onnx", "model.skops": "skops", "model.pkl": "pickle"}
-FRAMEWORKS = {"onnx": "onnx", "skops": "scikit-learn", "pickle": "scikit-learn"}
+NAMES = {"onnx": "model.onnx", "skops": "model.skops", "pickle": "model.joblib", "lightgbm": "model.txt",
+         "xgboost": "model.ubj", "lightgbm-pickle": "model.joblib", "xgboost-pickle": "model.joblib", "": "model"}
+NEEDS = {"onnx": {"onnxruntime"}, "skops": {"scikit-learn", "skops"}, "pickle": {"scikit-learn"},
+         "lightgbm": {"lightgbm"}, "lightgbm-pickle": {"lightgbm", "scikit-learn"},
+         "xgboost": {"xgboost-cpu"}, "xgboost-pickle": {"xgboost-cpu", "scikit-learn"}}
+PINS = {"skops": "scikit-learn=={}", "pickle": "scikit-learn=={}", "lightgbm": "lightgbm>={}",
+        "lightgbm-pickle": "lightgbm=={}", "xgboost": "xgboost-cpu>={}", "xgboost-pickle": "xgboost-cpu=={}"}
+"""What the framework's version asks for: a library's own format is read by later ones, a pickle by its own alone."""
+MLFLOW = {"model.onnx": "onnx", "model.lgb": "lightgbm", "model.ubj": "xgboost", "model.xgb": "xgboost",
+          "model.skops": "skops", "model.pkl": "pickle"}
+FRAMEWORKS = {"onnx": "onnx", "skops": "scikit-learn", "pickle": "scikit-learn", "lightgbm": "lightgbm",
+              "lightgbm-pickle": "lightgbm", "xgboost": "xgboost", "xgboost-pickle": "xgboost"}
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,13 @@ def tree(archive: Source, root: str) -> Iterator[bytes]:
                 yield chunk
             yield padding(entry.size)
     yield END
+
+
+def once(wanted: Iterable[str]) -> set[str]:
+    """Requirements without our choice of XGBoost where somebody made one: its packages share their files."""
+    names = {line: Requirement(line).name.lower().replace("_", "-") for line in wanted}
+    chosen = any(name == "xgboost" for name in names.values())
+    return {line for line, name in names.items() if not (chosen and name == "xgboost-cpu")}
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

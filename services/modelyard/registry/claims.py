@@ -14,7 +14,7 @@ from ..core.errors import Invalid
 from ..core.specs import ModelSpec
 from .onnx_scan import NotOnnx, scan
 
-BY_SUFFIX = {".onnx": "onnx", ".skops": "scikit-learn", ".joblib": "scikit-learn"}
+BY_SUFFIX = {".onnx": "onnx", ".skops": "scikit-learn", ".joblib": "scikit-learn", ".ubj": "xgboost"}
 PICKLES = (".joblib", ".pkl", ".pickle")
 COMPRESSED = (b"\x78", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\x00\x00", b"\x04\x22\x4d\x18", b"ZF")
 """How joblib's compressed files begin: zlib, gzip, bzip2, xz, lzma, lz4, and its own old form."""

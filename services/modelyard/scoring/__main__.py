@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 
-USAGE = "usage: launch.py serve [--grpc ADDR] [--http ADDR] [--admin ADDR] [--spool DIR]\n" \
+USAGE = "usage: launch.py serve [--grpc ADDR] [--http ADDR] [--admin ADDR] [--transport NAME] [--spool DIR]\n"\
         "       launch.py ship --spool DIR --grant URL [--once]\n"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 

@@ -17,9 +17,8 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import orjson
 
 from ..core.errors import Invalid
@@ -27,11 +26,23 @@ from ..core.inference import JSON
 from ..core.tensors import Tensor, nested
 from .calls import Asked
 
+if TYPE_CHECKING:
+    import numpy as np
+
 Build = Callable[[Asked], Any]
 
 
-def builder(run: Callable[..., Any]) -> Build:
-    """The function that makes ``run``'s argument. Raises Invalid when ``run`` cannot be called with one."""
+def builder(run: Callable[..., Any], name: str = "run", rows: bool = False) -> Build:
+    """The function that makes ``run``'s argument. Raises Invalid when ``run`` cannot be called with one, or when it
+    must take ``rows`` and wants the body unparsed."""
+    build = _builder(run, name)
+    if rows and build in (_text, _bytes, _text_or_element):
+        raise Invalid(f"{name} takes rows of several calls, which an unparsed body has not: annotate np.ndarray, "
+                      "pd.DataFrame or dict[str, np.ndarray], or take the parsed body (data)")
+    return build
+
+
+def _builder(run: Callable[..., Any], name: str) -> Build:
     try:
         parameters = list(inspect.signature(run).parameters.values())
     except (TypeError, ValueError):
@@ -39,7 +50,7 @@ def builder(run: Callable[..., Any]) -> Build:
     taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)]
     demanded = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not taken or len(demanded) > 1 or (demanded and demanded[0] is not taken[0]):
-        raise Invalid("run must take one argument: def run(data)")
+        raise Invalid(f"{name} must take one argument: def {name}(data)")
     return _for_annotation(_annotation(run, taken[0]), taken[0].name)
 
 
@@ -98,6 +109,8 @@ def parse(body: bytes) -> Any:
 
 def as_array(value: Any, what: str = "data") -> np.ndarray:
     """Nested lists → array. Raises Invalid for ragged or mixed ones."""
+    import numpy as np
+
     try:
         array = np.array(value)
     except (ValueError, TypeError, OverflowError) as exc:
@@ -227,4 +240,8 @@ def _column(tensor: Tensor) -> np.ndarray:
 
 
 def _text_cells(array: np.ndarray) -> np.ndarray:
-    return np.array(nested(array), object).reshape(array.shape) if array.dtype.kind == "O" else _own(array)
+    if array.dtype.kind != "O":
+        return _own(array)
+    import numpy as np
+
+    return np.array(nested(array), object).reshape(array.shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,12 @@ class QueueFull(Unavailable):
     code = "queue-full"
 
 
+class SpoolFull(QueueFull):
+    """Calls must not go unrecorded, and there is no room to record one."""
+
+    code = "spool-full"
+
+
 class PastDeadline(ModelyardError):
     """The deadline passed before an answer was there."""
 
@@ -31,6 +37,10 @@ class ScoringFailed(ModelyardError):
     """Scoring code raised; the message is the exception's own."""
 
     code = "scoring-failed"
+
+
+class WrongRows(ScoringFailed):
+    """What scoring code returned for several calls cannot be given back to them: all of them have failed."""
 
 
 class Cancelled(ModelyardError):
@@ -118,6 +128,8 @@ class Call:
     trace_id: str = ""
     options: Any = None
     """What the codec must know beside the body (headers of the binary extension)."""
+    key: str = ""
+    """The header that ``Plane.sampling_header`` names."""
 
 
 @dataclass(slots=True)
@@ -139,6 +151,16 @@ class Plane(ABC):
     deployment: str
 
     @abstractmethod
+    def submit(self, call: Call, done: Callable[[Answer], None]) -> Any:
+        """Takes a call in; ``done`` is called once, in the event loop, after capture has the call (of a refused one
+        at once, before this returns). Never raises. Calls of one turn of the loop may be answered together. Gives
+        back what ``cancel`` takes."""
+
+    @abstractmethod
+    def cancel(self, submitted: Any) -> None:
+        """The caller of a submitted call went away: what was not begun never runs. ``done`` is called all the same."""
+
+    @abstractmethod
     async def handle(self, calls: Sequence[Call]) -> list[Answer]:
         """Answers every call, in order, after capture has them. Never raises but when it is cancelled."""
 
@@ -146,6 +168,11 @@ class Plane(ABC):
     @abstractmethod
     def ready(self) -> bool:
         """Models are loaded and the server is not draining."""
+
+    @property
+    @abstractmethod
+    def sampling_header(self) -> str:
+        """The header, in lower case, that capture wants to know of every call as ``Call.key``; "" for none."""
 
     @property
     @abstractmethod

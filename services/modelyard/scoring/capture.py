@@ -13,12 +13,16 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from zlib import crc32
+from typing import TYPE_CHECKING, Any
 
-from ..core.segments import COLLECT, COUNTS, END, FORMAT, RECORD, pack, pack_json, pack_words
-from .spool import LiveSegment, used_bytes
-from .tally import Finished, Tally
+from ..core.segments import COUNTS, END, FORMAT, pack_json
+from .records import Records
+from .sampling import Sampler
+from .spool import LiveSegment, sync_folder, used_bytes
+from .tally import Finished, Tally, fitting
+
+if TYPE_CHECKING:
+    from .calls import Call
 
 __all__ = ["CaptureLog", "Finished"]
 
@@ -39,7 +43,7 @@ class CaptureLog:
     ``policy`` is ``core.specs.Capture`` as JSON; ``spool_bytes`` in it, or ``MODELYARD_SPOOL_BYTES``, caps the spool
     (1 GiB). With ``on_pressure`` ``drop``, what does not fit is dropped and counted. With ``reject`` and ``block``
     the data plane asks ``pressed`` before it admits a call, and refuses or waits; what it admitted is recorded, so
-    the cap may be passed by the calls in flight.
+    the cap may be passed by the calls in flight. With ``sync`` ``always`` each append is on the disk when it returns.
     """
 
     def __init__(self, spool: Path, replica: str, about: Mapping[str, Any], policy: Mapping[str, Any]) -> None:
@@ -49,7 +53,9 @@ class CaptureLog:
         self.last_error = ""
         self._spool = spool
         self._about = {"format": FORMAT, **about, "replica": replica, "capture": dict(policy)}
-        self._chosen_below = round(float(policy.get("sampling", 1.0)) * 2**32)
+        self._sampler = Sampler(policy)
+        self._records = Records(policy.get("redact") or ())
+        self._sync = policy.get("sync") == "always"
         self._cap = int(policy.get("spool_bytes") or os.environ.get("MODELYARD_SPOOL_BYTES") or SPOOL_BYTES)
         self._started_ns = time.time_ns()
         self._live: LiveSegment | None = None
@@ -68,6 +74,8 @@ class CaptureLog:
         log = cls(Path(spool), replica, about, policy)
         with contextlib.suppress(OSError):
             log._spool.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if log._sync:
+                sync_folder(log._spool.parent)
         with log._lock:
             log._flushed = time.monotonic()
             log._rotate()
@@ -86,6 +94,16 @@ class CaptureLog:
         """The spool is full and the policy says that calls must not go on without being recorded."""
         return self.enabled and self.on_pressure != "drop" and self._used() >= self._cap
 
+    @property
+    def sampling_header(self) -> str:
+        """The header that calls are sampled by, for ``Call.key``; ""."""
+        return self._sampler.header if self.enabled else ""
+
+    def expect(self, prediction_id: str, call: Call) -> None:
+        """This call was admitted: ``append`` will have it. Never raises."""
+        if self.enabled:
+            self._sampler.expect(prediction_id, call)
+
     def append(self, calls: Sequence[Finished]) -> None:
         """Records these calls, or counts why not; with one write, and durable against the death of the process
         when it returns. Never raises."""
@@ -95,15 +113,16 @@ class CaptureLog:
         except Exception as exc:  # noqa: BLE001 - the answer leaves, whatever becomes of its record
             self.last_error = repr(exc)
 
-    def refused(self, model: str, status: str, started_ns: int | None = None) -> None:
-        """Counts a call that was turned away before it was admitted (unknown model, queue full, too large …)."""
+    def refused(self, model: str, status: str, started_ns: int | None = None, reason: str = "refused") -> None:
+        """Counts a call that was turned away before it was admitted (unknown model, queue full, too large …);
+        ``pressed``: for want of room in the spool."""
         with self._lock:
-            self._tally.count(time.time_ns() if started_ns is None else started_ns, model, status, "refused")
+            self._tally.count(time.time_ns() if started_ns is None else started_ns, model, status, reason)
 
     def collect(self, collector: str, prediction_id: str, columns: Sequence[str] | None,
                 rows: Sequence[Sequence[Any]]) -> None:
         """Records rows that a scoring file collected; follows the call's own sampling. Never raises."""
-        if not self.enabled or not self._chosen(prediction_id):
+        if not self.enabled or not self._sampler.peek(prediction_id):
             return
         try:
             with self._lock:
@@ -131,63 +150,52 @@ class CaptureLog:
                 self._live, self._next = None, 0
 
     def _append(self, calls: Sequence[Finished]) -> None:
-        chosen = [call for call in calls if not self._passed_over(call)]
+        chosen = self._choose(calls)
         if not chosen:
             return
         live = self._live or self._reopen()
         if live is None:
-            return self._lost(chosen)
-        pieces: list[bytes] = []
-        sequence = self._sequence
-        for c in chosen:
-            sequence += 1
-            words = pack_words((c.prediction_id, c.request_id, c.model, c.protocol, c.method, c.status,
-                                c.request_type, c.response_type, c.trace_id))
-            pieces += pack(live.mark, RECORD, words, c.request, c.response, sequence, c.started_ns, c.latency_ns,
-                           c.queue_ns)
+            return self._not_recorded(chosen, "write-failed")
         try:
-            live.write(pieces, len(chosen))
+            live.write(self._records.pieces(live.mark, chosen, self._sequence), len(chosen))
         except OSError as exc:
             self._retire(exc)
-            return self._lost(chosen)
-        self._sequence = sequence
+            return self._not_recorded(chosen, "write-failed")
+        self._sequence += len(chosen)
         self._appended = time.monotonic()
         if live.size >= SEGMENT_BYTES:
             self._rotate()
 
-    def _passed_over(self, call: Finished) -> bool:
-        """Counts a call that will not be recorded, and why."""
+    def _choose(self, calls: Sequence[Finished]) -> Sequence[Finished]:
+        """Those to be recorded, redacted; the others are counted, each with its reason."""
         if not self.enabled:
-            reason = "off"
-        elif call.status == OK and not self._chosen(call.prediction_id):
-            reason = "sampled"
-        elif self.on_pressure == "drop" and self._used() + len(call.request) + len(call.response) > self._cap:
-            reason = "dropped"
-        else:
-            return False
-        self._tally.count(call.started_ns, call.model, call.status, reason, call.latency_ns)
-        return True
-
-    def _chosen(self, prediction_id: str) -> bool:
-        """Sampling by lot, the lot being the prediction id: the same call is always chosen or never."""
-        return crc32(prediction_id.encode("utf-8", "replace")) < self._chosen_below
+            self._not_recorded(calls, "off")
+            return ()
+        if not self._sampler.every:
+            drawn = [(self._sampler.take(call.prediction_id) or call.status != OK, call) for call in calls]
+            self._not_recorded([call for kept, call in drawn if not kept], "sampled")
+            calls = [call for kept, call in drawn if kept]
+        self._records.redact(calls)
+        if self.on_pressure == "drop":
+            calls, dropped = fitting(calls, self._cap - self._used())
+            self._not_recorded(dropped, "dropped")
+        return calls
 
     def _used(self) -> int:
         """Bytes in the spool: as last looked, and what this process wrote since."""
         return self._spooled + (self._live.size if self._live else 0)
 
-    def _lost(self, calls: Sequence[Finished]) -> None:
+    def _not_recorded(self, calls: Sequence[Finished], reason: str) -> None:
         for call in calls:
-            self._tally.count(call.started_ns, call.model, call.status, "write-failed", call.latency_ns)
+            self._tally.count(call.started_ns, call.model, call.status, reason, call.latency_ns)
 
     def _collect(self, collector: str, prediction_id: str, columns: Sequence[str] | None,
                  rows: Sequence[Sequence[Any]]) -> None:
         live = self._live or self._reopen()
         if live is None or self._used() > self._cap:
             return self._tally.lose_rows(len(rows))
-        body = {"columns": list(columns) if columns is not None else None, "rows": rows}
-        frame = pack_json(live.mark, COLLECT, body, pack_words((prediction_id, collector)), self._collected + 1,
-                          time.time_ns())
+        frame = self._records.rows(live.mark, self._collected + 1, time.time_ns(), collector, prediction_id, columns,
+                                   rows)
         try:
             live.write([frame])
         except OSError as exc:
@@ -242,7 +250,7 @@ class CaptureLog:
         number, self._next = self._next, self._next + 1
         self._tried = self._opened = time.monotonic()
         try:
-            self._live = LiveSegment(self._spool, self.replica, number, about, self._started_ns)
+            self._live = LiveSegment(self._spool, self.replica, number, about, self._started_ns, self._sync)
         except OSError:
             self._next = number
             raise

@@ -12,10 +12,11 @@ from ..core.inference import (
     JSON,
     PROTO,
     Inference,
-    from_message,
     parse_request,
+    read_tensors,
     request_from_json,
-    response_message,
+    response_bytes,
+    streamed,
     to_json_parts,
 )
 from . import results
@@ -23,6 +24,7 @@ from .arguments import parse
 from .calls import Asked, Call, Codec, Served, statuses
 
 PROBLEM = "application/problem+json"
+NOTHING: dict[str, Any] = {}
 
 
 class GrpcCodec(Codec):
@@ -30,31 +32,30 @@ class GrpcCodec(Codec):
 
     def open(self, call: Call) -> Asked:
         message = parse_request(call.body)
-        return Asked(message.model_name, message.model_version, message.id, raw=bool(message.raw_input_contents),
-                     wire=message)
+        return Asked(message.model_name, message.model_version, message.id, wire=message)
 
     def read(self, asked: Asked) -> None:
-        found = from_message(asked.wire)
-        if not found.tensors:
+        message, raws = asked.wire, asked.wire.raw_input_contents
+        asked.raw = len(raws) > 0
+        asked.tensors = read_tensors(message.inputs, raws, "raw_input_contents")
+        if not asked.tensors:
             raise Invalid("inputs is empty; a request needs one tensor or more")
-        asked.tensors, asked.outputs = found.tensors, found.outputs
+        if message.outputs:
+            asked.outputs = tuple(output.name for output in message.outputs)
 
     def write(self, asked: Asked, result: Any, served: Served) -> tuple[bytes, str]:
-        return self._message(asked, result, served).SerializeToString(), PROTO
+        return self._answer(asked, result, served), PROTO
 
-    def _message(self, asked: Asked, result: Any, served: Served) -> Any:
+    def _answer(self, asked: Asked, result: Any, served: Served) -> bytes:
         made = results.tensors(result, asked.outputs)
-        return response_message(Inference(served.name, served.version, asked.id, {}, made, raw=asked.raw))
+        return response_bytes(Inference(served.name, served.version, asked.id, NOTHING, made, raw=asked.raw))
 
 
 class StreamCodec(GrpcCodec):
     """One message of a stream; failures travel inside it, so that the stream goes on."""
 
     def write(self, asked: Asked, result: Any, served: Served) -> tuple[bytes, str]:
-        from ..wire.inference_pb2 import ModelStreamInferResponse
-
-        message = ModelStreamInferResponse(infer_response=self._message(asked, result, served))
-        return message.SerializeToString(), PROTO
+        return streamed(self._answer(asked, result, served)), PROTO
 
     def write_error(self, call: Call, error: ModelyardError) -> tuple[bytes, str]:
         from ..wire.inference_pb2 import ModelInferResponse, ModelStreamInferResponse

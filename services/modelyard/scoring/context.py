@@ -15,6 +15,8 @@ class Current(NamedTuple):
     prediction_id: str
     request_id: str
     model: str  # iris:4
+    rows: tuple[tuple[str, int], ...] = ()
+    """In ``run_batch`` for several calls: each call's prediction id and how many rows it has, in order."""
 
 
 CURRENT: ContextVar[Current | None] = ContextVar("modelyard_call", default=None)

@@ -1,22 +1,28 @@
-"""The data plane: every call of every protocol comes through ``handle``, in lists.
+"""The data plane: every call of every protocol comes through ``submit``.
 
 Admit (size, name, queue, pressure) → run in the model's lane → capture → answer. A refused call is counted only;
-an admitted one is recorded by capture before its answer leaves, whatever its outcome.
+an admitted one is recorded by capture before its answer leaves, whatever its outcome. Calls that one batch answered
+are recorded by one append.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import random
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 from ..core.errors import ModelyardError, TooLarge, Unavailable
-from .calls import Answer, Call, Cancelled, PastDeadline, Plane, QueueFull, Served, statuses
+from .calls import Answer, Call, Cancelled, PastDeadline, Plane, QueueFull, Served, SpoolFull, statuses
 from .capture import CaptureLog, Finished
+from .deadlines import Deadlines
 from .image import Image
-from .lanes import Job, Lane, Outcome, late
+from .jobs import Batch, Job, Outcome, late
+from .lanes import Lane
 from .metrics import Metrics
 from .runners import Runner, openers
 from .settings import Limits
@@ -24,6 +30,10 @@ from .table import Table
 
 UNKNOWN = "(unknown)"
 PRESSURE_S = 0.02
+STUCK_S = 60.0
+"""A model's thread that has run for so long what nobody waits for any more will not come back."""
+LATE = "no answer before the deadline"
+_dice = random.Random()  # ours alone: scoring code may seed the module's
 
 
 class Log(Protocol):
@@ -33,13 +43,18 @@ class Log(Protocol):
 
     @property
     def pressed(self) -> bool: ...
+    @property
+    def sampling_header(self) -> str: ...
+    @property
+    def totals(self) -> Mapping[str, int]: ...
+    def expect(self, prediction_id: str, call: Call) -> None: ...
     def append(self, calls: Sequence[Finished]) -> None: ...
-    def refused(self, model: str, status: str, started_ns: int | None = None) -> None: ...
+    def refused(self, model: str, status: str, started_ns: int | None = None, reason: str = ...) -> None: ...
 
 
 def new_id() -> str:
     """A prediction id: 32 hexadecimal digits that sort by time."""
-    return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
+    return "%032x" % (time.time_ns() // 1_000_000 << 80 | _dice.getrandbits(80))
 
 
 class DataPlane(Plane):
@@ -54,22 +69,43 @@ class DataPlane(Plane):
         self._table: Table | None = None
         self._lanes: list[Lane] = []
         self._draining = False
+        self._held: deque[Job] = deque()
+        self._held_in_all = 0
+        self._deadlines = Deadlines(self._expire)
+        self._stuck_s = max(float(os.environ.get("MODELYARD_STUCK_S") or STUCK_S), 2 * limits.timeout_ms / 1000)
         self.metrics.gauge("modelyard_scoring_queue", "Calls waiting for their model.", "model",
                            lambda: {lane.name: lane.waiting for lane in self._lanes})
+        if log is not None:
+            self.metrics.gauge("modelyard_scoring_capture", "Calls recorded, calls not recorded by reason, calls held "
+                               "for want of room, rows collected and lost; since the start.", "what",
+                               lambda: {**log.totals, "held": self._held_in_all})
 
     async def load(self, image: Image, image_version: str = "") -> None:
         """Opens every model in its own thread. Raises CannotStart."""
         made = []
         for models, open_runner in openers(image):
             name = models[0].id if len(models) == 1 else self.deployment
-            made.append((models, Lane(name, open_runner, self._finish)))
+            made.append((models, Lane(name, open_runner, self._ended, self._deadlines.watch,
+                                      self.limits.max_batch_rows)))
         self._lanes = [lane for _, lane in made]
         await asyncio.gather(*(lane.open() for lane in self._lanes))
         self._table = Table(self.deployment, image, image_version, made)
 
     @property
     def ready(self) -> bool:
-        return self._table is not None and not self._draining
+        return self._table is not None and not self._draining and not self.stuck
+
+    @property
+    def stuck(self) -> str:
+        """Which model's code hangs, in words; "" when none does. Only a new process helps then."""
+        for lane in self._lanes:
+            if (seconds := lane.stuck_s()) > self._stuck_s:
+                return f"'{lane.name}' hangs: what nobody waits for any more runs for {seconds:.0f} s"
+        return ""
+
+    @property
+    def sampling_header(self) -> str:
+        return "" if self._log is None else self._log.sampling_header
 
     @property
     def draining(self) -> bool:
@@ -81,6 +117,7 @@ class DataPlane(Plane):
 
     def close(self) -> None:
         """Ends the lanes. What still runs is not waited for."""
+        self._deadlines.close()
         for lane in self._lanes:
             lane.close()
 
@@ -99,117 +136,165 @@ class DataPlane(Plane):
 
     async def handle(self, calls: Sequence[Call]) -> list[Answer]:
         """Answers in order. When it is cancelled (the caller went away) what was not begun never runs."""
-        self.last_call = time.monotonic()
-        self.metrics.in_flight += len(calls)
-        try:
-            if self._log is not None and self._log.on_pressure == "block":
-                await self._wait_for_room(self._log, calls)
-            jobs = [self._admit(call) for call in calls]
-            ended = [job for job in jobs if job.answer is None and job.future is None]
-            if ended:
-                self._finish(ended)
-            await self._settle(jobs)
-            return [job.answer for job in jobs if job.answer is not None]
-        finally:
-            self.metrics.in_flight -= len(calls)
+        loop = asyncio.get_running_loop()
+        if len(calls) == 1:
+            future: asyncio.Future[Answer] = loop.create_future()
+            jobs = [self.submit(calls[0], partial(_settle, future))]
+        else:
+            future = loop.create_future()
+            left = len(calls)
 
-    async def _settle(self, jobs: Sequence[Job]) -> None:
+            def one(answer: Answer) -> None:
+                nonlocal left
+                left -= 1
+                if not left:
+                    _settle(future, answer)
+
+            jobs = [self.submit(call, one) for call in calls]
         try:
-            for job in jobs:
-                if job.answer is None and job.future is not None:
-                    await job.future
+            if calls:
+                await future
         except asyncio.CancelledError:
             self._give_up([j for j in jobs if j.answer is None], Cancelled("the caller went away"))
             raise
+        return [job.answer for job in jobs if job.answer is not None]
 
-    def _admit(self, call: Call) -> Job:
-        """A job that is queued (it has a future), ended (an outcome) or refused (an answer)."""
-        job = Job(call, new_id())
+    def submit(self, call: Call, done: Callable[[Answer], None]) -> Job:
+        job = Job(call, new_id(), done)
+        self.last_call = time.monotonic()
+        self.metrics.in_flight += 1
         if not call.request_id:
             call.request_id = job.prediction_id
+        log = self._log
+        if log is not None and log.on_pressure == "block" and (self._held or log.pressed):
+            self._hold(job)
+        else:
+            self._admit(job)
+        return job
+
+    def cancel(self, submitted: Job) -> None:
+        if submitted.answer is None:
+            self._give_up([submitted], Cancelled("the caller went away"))
+
+    def _admit(self, job: Job) -> None:
+        """Queues the job, or answers it at once: it is refused, or too late."""
         try:
             self._begin(job)
         except ModelyardError as exc:
             self._refuse(job, exc)
-        return job
+        if job.outcome is not None:
+            self._finish((job,))
 
     def _begin(self, job: Job) -> None:
         call, limits = job.call, self.limits
         if len(call.body) > limits.max_message_bytes:
             raise too_large(limits.max_message_bytes, len(call.body))
-        if self._log is not None and self._log.pressed:
-            raise QueueFull("the capture spool is full, and calls must not go unrecorded (capture.on_pressure)",
+        if self._log is not None and self._log.on_pressure != "drop" and self._log.pressed:
+            raise SpoolFull("the capture spool is full, and calls must not go unrecorded (capture.on_pressure)",
                             retry_after=1)
         table = self.table
-        job.asked = call.codec.open(call)
-        name = job.asked.model or call.model or table.default
-        job.served, entry = table.find(name, job.asked.version or call.version)
+        job.asked = asked = call.codec.open(call)
+        job.served, entry = table.find(asked.model or call.model or table.default, asked.version or call.version)
         lane = job.lane = entry.lane
-        if lane.waiting >= limits.max_queue:
+        if lane.waiting >= limits.max_queue and not lane.make_room():
             raise QueueFull(f"{limits.max_queue} calls wait for '{job.served.name}' already; try again soon",
                             retry_after=1)
         now = time.monotonic()
         job.deadline = min(call.deadline, now + limits.timeout_ms / 1000)
         if now >= job.deadline:
-            job.outcome = Outcome(late(), b"", "", 0)
-        elif lane.may_inline(job):
-            lane.run_inline(job)
-        else:
+            job.outcome = Outcome(late())
+        if self._log is not None:
+            self._log.expect(job.prediction_id, call)
+        if job.outcome is None:
             lane.submit(job)
-            loop = asyncio.get_running_loop()
-            job.timer = loop.call_at(loop.time() + job.deadline - now, self._expire, job)
 
     def _refuse(self, job: Job, error: ModelyardError) -> None:
         status, _ = statuses(error)
         model = job.served.model if job.lane is not None else UNKNOWN
         self.metrics.refused(job.call.protocol, status)
         if self._log is not None:
-            self._log.refused(model, status, job.started_ns)
+            self._log.refused(model, status, job.started_ns, "pressed" if isinstance(error, SpoolFull) else "refused")
         body, body_type = job.call.codec.write_error(job.call, error)
         job.answer = Answer(body, body_type, status, job.call.request_id, job.prediction_id, "", error)
+        self.metrics.in_flight -= 1
+        job.done(job.answer)
 
-    def _expire(self, job: Job) -> None:
-        if job.answer is None:
-            self._give_up([job], PastDeadline("no answer before the deadline"))
+    def _expire(self, jobs: Sequence[Job]) -> None:
+        self._give_up([job for job in jobs if job.answer is None], PastDeadline(LATE))
 
     def _give_up(self, jobs: Sequence[Job], error: ModelyardError) -> None:
         """Settles jobs that are still queued or running; what becomes of them in the lane is dropped."""
+        admitted = []
         for job in jobs:
-            if job.lane is not None:
-                job.lane.give_up(job)
-            job.outcome = Outcome(error, b"", "", job.waited_ns)
-        self._finish(jobs)
+            if job.lane is None:  # it was never taken in
+                self._refuse(job, error)
+                continue
+            job.lane.give_up(job)
+            job.outcome = Outcome(error)
+            admitted.append(job)
+        if admitted:
+            self._finish(admitted)
+
+    def _ended(self, batches: Iterable[Batch]) -> None:
+        """A lane has worked off these batches."""
+        jobs = []
+        for batch in batches:
+            if batch.calls:
+                self.metrics.batch(batch.jobs[0].served.model, batch.calls, batch.model_ns)
+            jobs += [job for job in batch.jobs if job.answer is None]
+        if jobs:
+            self._finish(jobs)
 
     def _finish(self, jobs: Sequence[Job]) -> None:
         """Answers jobs that have an outcome: first capture, then the reply."""
-        finished = [self._answer(job) for job in jobs]
+        ticks = time.perf_counter_ns()
+        finished = [self._answer(job, ticks - job.arrived) for job in jobs]
         if self._log is not None:
             self._log.append(finished)
+        self.metrics.in_flight -= len(jobs)
         for job in jobs:
-            if job.timer is not None:
-                job.timer.cancel()
-            if job.future is not None and not job.future.done():
-                job.future.set_result(None)
+            self._deadlines.forget(job)
+            assert job.answer is not None
+            job.done(job.answer)
 
-    def _answer(self, job: Job) -> Finished:
-        call, served, outcome = job.call, job.served, job.outcome
-        assert outcome is not None
-        error, body, body_type, queue_ns = outcome
+    def _answer(self, job: Job, latency_ns: int) -> Finished:
+        call, served = job.call, job.served
+        assert job.outcome is not None
+        error, body, body_type = job.outcome
         status = "OK"
         if error is not None:
             status = statuses(error)[0]
             body, body_type = call.codec.write_error(call, error)
         job.answer = Answer(body, body_type, status, call.request_id, job.prediction_id, served.model, error)
-        latency = job.waited_ns
-        self.metrics.finished(served.model, call.protocol, status, latency / 1e9)
+        queue_ns = job.queue_ns if job.queue_ns >= 0 else latency_ns
+        self.metrics.finished(served.model, call.protocol, status, latency_ns, queue_ns)
         return Finished(job.prediction_id, call.request_id, served.model, call.protocol, call.method, status,
-                        job.started_ns, latency, queue_ns, call.body, call.body_type, body, body_type, call.trace_id)
+                        job.started_ns, latency_ns, queue_ns, call.body, call.body_type, body, body_type, call.trace_id)
 
-    async def _wait_for_room(self, log: Log, calls: Sequence[Call]) -> None:
-        """Until the shipper has made room in the spool, or a deadline is there (then ``_begin`` refuses)."""
-        end = min(*(call.deadline for call in calls), time.monotonic() + self.limits.timeout_ms / 1000)
-        while log.pressed and time.monotonic() < end:  # noqa: ASYNC110 - another process makes the room
-            await asyncio.sleep(PRESSURE_S)
+    def _hold(self, job: Job) -> None:
+        """The spool is full: until the shipper has made room in it, or a deadline is there (then it is refused)."""
+        if not self._held:
+            asyncio.get_running_loop().call_later(PRESSURE_S, self._take_held)
+        job.deadline = min(job.call.deadline, time.monotonic() + self.limits.timeout_ms / 1000)
+        self._held.append(job)
+        self._held_in_all += 1
+
+    def _take_held(self) -> None:
+        held, self._held = self._held, deque()
+        now = time.monotonic()
+        for job in held:
+            if job.answer is None:
+                if self._log is not None and self._log.pressed and now < job.deadline:
+                    self._held.append(job)
+                else:
+                    self._admit(job)
+        if self._held:
+            asyncio.get_running_loop().call_later(PRESSURE_S, self._take_held)
+
+
+def _settle(future: asyncio.Future[Any], answer: Answer) -> None:
+    if not future.done():
+        future.set_result(answer)
 
 
 def too_large(limit: int, size: int | None = None) -> TooLarge:

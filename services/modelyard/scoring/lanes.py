@@ -1,93 +1,54 @@
 """Lanes: one worker thread for each model. The event loop hands jobs over and gets them back in bunches.
 
-User code runs here and nowhere else, so that whatever it does, health, refusals and other models go on.
+Batches are as large as what came while the last one ran: whoever is free, the event loop for short predictions of our
+own flavours, else the lane's thread, takes what is queued. There is no timer, so a call alone never waits for others.
+User code runs in the thread and nowhere else, so that whatever it does, health, refusals and other models go on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
-from ..core.errors import ModelyardError
-from .calls import Answer, Asked, Call, PastDeadline, Served
-from .context import CURRENT, Current
-from .runners import Runner, log_failure
+from .batches import execute, plan
+from .jobs import BEGUN, GIVEN_UP, QUEUED, Batch, Job
+from .lane_async import AsyncWork
+from .runners import Runner
 
 INLINE_NS = 1_000_000
-INLINE_BYTES = 65_536
-CONCURRENT = 64
-"""Calls that an async ``run`` may have under way at once."""
-
-
-QUEUED, BEGUN, GIVEN_UP = range(3)
-
-
-class Outcome(NamedTuple):
-    """How a job ended. ``queue_ns`` is the time it waited before it was begun."""
-
-    error: ModelyardError | None
-    body: bytes
-    body_type: str
-    queue_ns: int
-
-
-class Job:
-    """One admitted call on its way. Settled once, by the event loop; what comes later is dropped."""
-
-    __slots__ = ("answer", "arrived", "asked", "call", "deadline", "future", "lane", "outcome", "prediction_id",
-                 "served", "started_ns", "state", "timer")
-
-    def __init__(self, call: Call, prediction_id: str) -> None:
-        self.call = call
-        self.prediction_id = prediction_id
-        self.started_ns = time.time_ns()
-        self.arrived = time.perf_counter_ns()
-        self.deadline = math.inf
-        self.asked: Asked
-        self.served: Served
-        self.lane: Lane | None = None
-        self.answer: Answer | None = None
-        self.outcome: Outcome | None = None
-        self.future: asyncio.Future[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.state = QUEUED
-
-    @property
-    def waited_ns(self) -> int:
-        return time.perf_counter_ns() - self.arrived
-
-
-def late() -> PastDeadline:
-    """The error of a call that was not begun in time."""
-    return PastDeadline("the deadline passed before the call was begun; it was not run")
+"""Shorter predictions run on the event loop, which is held up for so long at most between two looks at sockets."""
+INLINE_BYTES = 131_072
+SLACK = 64
 
 
 class Lane:
-    """A runner, its thread and its queue. ``done`` is called in the event loop with the jobs that ended."""
+    """A runner, its thread and its queue. ``done`` is called in the event loop with the batches that ended, ``watch``
+    with each job that waits for the thread."""
 
-    def __init__(self, name: str, open_runner: Callable[[], Runner], done: Callable[[Sequence[Job]], None]) -> None:
+    def __init__(self, name: str, open_runner: Callable[[], Runner], done: Callable[[Sequence[Batch]], None],
+                 watch: Callable[[Job], None], max_rows: int) -> None:
         self.name = name
         self.runner: Runner | None = None
-        self.busy = 0
         self.waiting = 0
         """Jobs that are queued, not begun and still wanted."""
-        self._open, self._done = open_runner, done
-        self._lock = threading.Lock()  # around ``waiting`` and each job's ``state``
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._backlog: deque[Job] = deque()
-        self._tasks: dict[Job, asyncio.Task[None]] = {}
-        self._own_loop: asyncio.AbstractEventLoop | None = None
+        self._open, self._done, self._watch, self._max_rows = open_runner, done, watch, max_rows
+        self._lock = threading.Lock()  # around the queue and each job's ``state``
+        self._queue: deque[Job] = deque()
+        self._planned: deque[Batch] = deque()  # of whoever works: the event loop's turn or the thread, never both
+        self._running: dict[int, Batch] = {}
+        self._working = False  # the thread does
+        self._turn_due = self._turning = False
+        self._large = 0
         self._typical_ns = INLINE_NS
-        self._finished: deque[Job] = deque()
+        self._ended: deque[Batch] = deque()
         self._told = False
+        self._own: AsyncWork | None = None
+        self._wake = threading.Semaphore(0)
+        self._closed = False
         self._loop = asyncio.get_running_loop()
         self._opened: asyncio.Future[Runner] = self._loop.create_future()
         self._thread = threading.Thread(target=self._work, name=f"model-{name}", daemon=True)
@@ -97,29 +58,32 @@ class Lane:
         self._thread.start()
         self.runner = await self._opened
 
-    def may_inline(self, job: Job) -> bool:
-        """Short predictions of ours need no thread: handing over costs more than they do."""
-        return (self.busy == 0 and self._typical_ns < INLINE_NS and self.runner is not None and self.runner.inline
-                and len(job.call.body) <= INLINE_BYTES)
-
-    def run_inline(self, job: Job) -> None:
-        """Runs the job here and now; its outcome is set when this returns."""
-        assert self.runner is not None
-        began = time.perf_counter_ns()
-        job.outcome = _execute(self.runner, job)
-        self._learn(time.perf_counter_ns() - began)
+    @property
+    def busy(self) -> bool:
+        """The thread has work."""
+        return self._working or bool(self._running) or bool(self._queue)
 
     def submit(self, job: Job) -> None:
-        """Queues the job."""
-        job.future = self._loop.create_future()
-        self.busy += 1
+        """Queues the job. It is begun in this turn of the loop at the earliest, with what else comes in it."""
         with self._lock:
             self.waiting += 1
-        if self._own_loop is None:
-            self._queue.put(job)
+            self._queue.append(job)
+            self._large += len(job.call.body) > INLINE_BYTES
+            working = self._working
+        if self._own is not None:
+            self._watch(job)
+            self._own.wake()
+        elif working:
+            self._watch(job)
         else:
-            self._backlog.append(job)
-            self._own_loop.call_soon_threadsafe(self._start_some)
+            self._turn_soon()
+
+    def make_room(self) -> bool:
+        """The queue is full, of what one turn brought: where predictions are short, some of it is run right now."""
+        if self._turning or self._working or not self._is_short():
+            return False
+        self._turn()
+        return True
 
     def give_up(self, job: Job) -> None:
         """The event loop settles a job that is still queued or running. Queued: it will never be begun."""
@@ -127,18 +91,118 @@ class Lane:
             if job.state == QUEUED:
                 self.waiting -= 1
             began, job.state = job.state == BEGUN, GIVEN_UP
-        if began and self._own_loop is not None:
-            self._own_loop.call_soon_threadsafe(self._cancel, job)
+            if len(self._queue) > 2 * self.waiting + SLACK:  # the thread hangs, and what it left must not pile up
+                self._queue = deque(job for job in self._queue if job.state == QUEUED)
+                self._large = sum(len(job.call.body) > INLINE_BYTES for job in self._queue)
+        if began and self._own is not None:
+            self._own.give_up(job)
+
+    def stuck_s(self) -> float:
+        """For how many seconds the thread has run something that nobody waits for any more; 0: it has not."""
+        now = time.monotonic()
+        began = [b.began for b in list(self._running.values()) if all(j.state == GIVEN_UP for j in b.jobs)]
+        return now - min(began) if began else 0.0
 
     def close(self) -> None:
         """Tells the thread to end; it is a daemon, so user code that hangs does not keep the process."""
-        if self._own_loop is not None:
-            self._own_loop.call_soon_threadsafe(self._own_loop.stop)
-        self._queue.put(None)
+        self._closed = True
+        if self._own is not None:
+            self._own.close()
+        self._wake.release()
 
-    def _learn(self, took_ns: int) -> None:
-        """What a prediction typically takes: rises at once, falls slowly."""
-        self._typical_ns = max(took_ns if took_ns > 4 * INLINE_NS else 0, (self._typical_ns * 7 + took_ns) // 8)
+    # In the event loop --------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """Runs what is queued here if that is short, else wakes the thread."""
+        self._turn_due = False
+        if self._working or not (self._queue or self._planned):
+            return
+        if not self._is_short():
+            self._hand_over()
+            return
+        self._turning = True
+        try:
+            self._run_here()
+        finally:
+            self._turning = False
+        if self._queue or self._planned:
+            self._turn_soon()
+
+    def _is_short(self) -> bool:
+        """Whether the next predictions may run on the event loop."""
+        return self.runner is not None and self.runner.inline and self._typical_ns < INLINE_NS and not self._large
+
+    def _run_here(self) -> None:
+        runner = self.runner
+        assert runner is not None
+        end = time.perf_counter_ns() + INLINE_NS
+        while (batch := self._next(runner)) is not None:
+            self._process(runner, batch)
+            if batch.jobs:
+                self._done((batch,))
+            if time.perf_counter_ns() >= end:
+                return
+
+    def _turn_soon(self) -> None:
+        if not self._turn_due:
+            self._turn_due = True
+            self._loop.call_soon(self._turn)
+
+    def _hand_over(self) -> None:
+        for batch in self._planned:
+            for job in batch.jobs:
+                self._watch(job)
+        for job in self._queue:
+            self._watch(job)
+        self._working = True
+        self._wake.release()
+
+    def _collect(self) -> None:
+        self._told = False  # before looking: what is appended from now on wakes us again
+        batches = []
+        while self._ended:
+            batches.append(self._ended.popleft())
+        if batches:
+            self._done(batches)
+        if not self._working and (self._queue or self._planned) and self._own is None:
+            self._turn_soon()
+
+    # In the event loop or in the worker's thread ------------------------------------------------------------------
+
+    def _next(self, runner: Runner) -> Batch | None:
+        """The next batch, of what is queued now; None: nothing is."""
+        while not self._planned:
+            jobs: list[Job] = []
+            with self._lock:
+                while self._queue and len(jobs) < self._max_rows:
+                    job = self._queue.popleft()
+                    self._large -= len(job.call.body) > INLINE_BYTES
+                    if job.state == QUEUED:
+                        jobs.append(job)
+            if not jobs:
+                return None
+            self._planned.extend(plan(runner, jobs, self._max_rows))
+        return self._planned.popleft()
+
+    def _claim(self, batch: Batch) -> None:
+        """Begins the jobs that were not given up meanwhile; the others leave the batch."""
+        with self._lock:
+            batch.jobs = [job for job in batch.jobs if job.state == QUEUED]
+            for job in batch.jobs:
+                job.state = BEGUN
+            self.waiting -= len(batch.jobs)
+        batch.began = time.monotonic()
+
+    def _process(self, runner: Runner, batch: Batch) -> None:
+        self._claim(batch)
+        if not batch.jobs:
+            return
+        began = time.perf_counter_ns()
+        self._running[id(batch)] = batch
+        execute(runner, batch)
+        del self._running[id(batch)]
+        took = time.perf_counter_ns() - began
+        self._typical_ns = max(took if took > 4 * INLINE_NS else 0, (self._typical_ns * 7 + took) // 8)
 
     # In the worker's thread ---------------------------------------------------------------------------------------
 
@@ -149,54 +213,38 @@ class Lane:
             self._tell_opened(None, exc)
             return
         if runner.asynchronous:
-            self._work_async(runner)
+            with AsyncWork(runner, self._next, self._claim, self._running, self._give_back) as own:
+                self._own = own
+                self._tell_opened(runner, None)
+                own.run()
             return
         self._tell_opened(runner, None)
-        while (job := self._queue.get()) is not None:
-            if self._claim(job):
-                began = time.perf_counter_ns()
-                job.outcome = _execute(runner, job)
-                self._learn(time.perf_counter_ns() - began)
-            self._give_back(job)
+        while True:
+            self._wake.acquire()
+            if self._closed:
+                return
+            self._work_off(runner)
 
-    def _claim(self, job: Job) -> bool:
-        """Begins the job, unless it was given up meanwhile."""
-        with self._lock:
-            if job.state != QUEUED:
-                return False
-            job.state = BEGUN
-            self.waiting -= 1
-            return True
-
-    def _work_async(self, runner: Runner) -> None:
-        with asyncio.Runner() as own:
-            self._own_loop = own.get_loop()
-            self._tell_opened(runner, None)
-            self._own_loop.run_forever()
-
-    def _start_some(self) -> None:
-        while self._backlog and len(self._tasks) < CONCURRENT:
-            job = self._backlog.popleft()
-            if not self._claim(job):
-                self._give_back(job)
+    def _work_off(self, runner: Runner) -> None:
+        """Until nothing is queued. After a long prediction that may answer many the event loop comes first: it sends
+        the answers, takes in the calls that they bring, and wakes us for all of them."""
+        while True:
+            batch = self._next(runner)
+            if batch is None:
+                with self._lock:
+                    self._working = bool(self._queue)
+                if not self._working:
+                    return
                 continue
-            assert self._own_loop is not None
-            task = self._own_loop.create_task(self._execute_async(job))
-            self._tasks[job] = task
-            task.add_done_callback(partial(self._ended, job))
-
-    async def _execute_async(self, job: Job) -> None:
-        assert self.runner is not None
-        job.outcome = await _execute_awaiting(self.runner, job)
-
-    def _cancel(self, job: Job) -> None:
-        if job in self._tasks:
-            self._tasks[job].cancel()
-
-    def _ended(self, job: Job, _: asyncio.Task[None]) -> None:
-        del self._tasks[job]
-        self._give_back(job)
-        self._start_some()
+            self._process(runner, batch)
+            last = runner.batched and not self._planned and batch.model_ns > INLINE_NS
+            if last:
+                self._working = False
+            if batch.jobs:
+                self._give_back((batch,))
+            if last:
+                self._tell()
+                return
 
     def _tell_opened(self, runner: Runner | None, error: BaseException | None) -> None:
         def tell() -> None:
@@ -211,65 +259,13 @@ class Lane:
         with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits any more
             self._loop.call_soon_threadsafe(tell)
 
-    def _give_back(self, job: Job) -> None:
-        """Hands an ended job to the event loop; one wake-up takes all that ended meanwhile."""
-        self._finished.append(job)
+    def _give_back(self, batches: Iterable[Batch]) -> None:
+        """Hands ended batches to the event loop; one wake-up takes all that ended meanwhile."""
+        self._ended.extend(batches)
+        self._tell()
+
+    def _tell(self) -> None:
         if not self._told:
             self._told = True
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._collect)
-
-    # In the event loop --------------------------------------------------------------------------------------------
-
-    def _collect(self) -> None:
-        self._told = False  # before looking: what is appended from now on wakes us again
-        jobs = []
-        while self._finished:
-            job = self._finished.popleft()
-            self.busy -= 1
-            if job.answer is None and job.outcome is not None:
-                jobs.append(job)
-        if jobs:
-            self._done(jobs)
-
-
-def _begin(job: Job) -> tuple[int, Any]:
-    waited = job.waited_ns
-    if time.monotonic() >= job.deadline:
-        raise late()
-    return waited, CURRENT.set(Current(job.prediction_id, job.call.request_id, job.served.model))
-
-
-def _execute(runner: Runner, job: Job) -> Outcome:
-    """Decode, run, encode. Never raises."""
-    waited, token = job.waited_ns, None
-    try:
-        waited, token = _begin(job)
-        codec = job.call.codec
-        codec.read(job.asked)
-        result = runner.run(job.asked)
-        return Outcome(None, *codec.write(job.asked, result, job.served), waited)
-    except ModelyardError as exc:
-        return Outcome(exc, b"", "", waited)
-    except BaseException:  # noqa: BLE001 - one call's failure, whatever it is, must not end the thread
-        return Outcome(log_failure(), b"", "", waited)
-    finally:
-        if token is not None:
-            CURRENT.reset(token)
-
-
-async def _execute_awaiting(runner: Runner, job: Job) -> Outcome:
-    """As ``_execute``, for an async ``run``. Raises CancelledError only."""
-    waited = job.waited_ns
-    try:
-        waited, _ = _begin(job)
-        codec = job.call.codec
-        codec.read(job.asked)
-        result = await runner.run(job.asked)
-        return Outcome(None, *codec.write(job.asked, result, job.served), waited)
-    except ModelyardError as exc:
-        return Outcome(exc, b"", "", waited)
-    except asyncio.CancelledError:
-        raise
-    except BaseException:  # noqa: BLE001 - as above
-        return Outcome(log_failure(), b"", "", waited)

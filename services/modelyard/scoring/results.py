@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import orjson
 
 from ..core.errors import Invalid
 from ..core.inference import JSON
 from ..core.tensors import Tensor, nested, objects
 from .calls import ScoringFailed
+
+if TYPE_CHECKING:
+    import numpy as np
 
 OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 OUTPUT = "output-0"
@@ -43,10 +45,11 @@ def tensors(result: Any, outputs: Sequence[str] = ()) -> list[Tensor]:
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    if isinstance(result, np.ndarray):
+    if isinstance(result, Outputs):
+        return [Tensor(name, value) for name, value in result.items()]
+    if _is_array(result):
         return [Tensor(OUTPUT, result)]
-    if isinstance(result, Mapping) and result and all(
-            isinstance(k, str) and isinstance(v, np.ndarray) for k, v in result.items()):
+    if isinstance(result, Mapping) and result and all(isinstance(k, str) and _is_array(v) for k, v in result.items()):
         return [Tensor(name, value) for name, value in result.items()]
     if _is_frame(result):
         return [Tensor(str(name), _cells(result[name].to_numpy())) for name in result.columns]
@@ -57,7 +60,14 @@ def _cells(column: np.ndarray) -> np.ndarray:
     """A frame's column of objects: as text where it is text, else as the numbers it holds."""
     if column.dtype.kind != "O" or all(isinstance(v, (str, bytes)) for v in column):
         return column
+    import numpy as np
+
     return np.array([str(v) for v in column]) if any(isinstance(v, str) for v in column) else np.array(column.tolist())
+
+
+def _is_array(result: Any) -> bool:
+    numpy = sys.modules.get("numpy")  # as below
+    return numpy is not None and isinstance(result, numpy.ndarray)
 
 
 def _is_frame(result: Any) -> bool:
@@ -77,7 +87,7 @@ def dump(result: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
+    if _is_array(value):
         return nested(value)
     if isinstance(value, bytes):
         return value.decode()

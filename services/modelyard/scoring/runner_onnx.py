@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..core.errors import Invalid
 from .calls import Asked, ScoringFailed
+from .cores import cores
 from .image import Model
 from .results import Outputs
-from .runners import CannotStart, Runner, Slot, named_inputs
+from .runners import CannotStart, RowRunner, Slot, named_inputs
 
 DATATYPES = {
     "tensor(bool)": "BOOL", "tensor(uint8)": "UINT8", "tensor(uint16)": "UINT16", "tensor(uint32)": "UINT32",
@@ -21,13 +23,14 @@ DATATYPES = {
 }
 
 
-class OnnxRunner(Runner):
-    """One session, two threads at most: predictions are short and replicas are many."""
+class OnnxRunner(RowRunner):
+    """One session, with as many threads as the replica was given cores. Calls are joined where the graph leaves the
+    first dimension of every input and output free."""
 
     platform = "onnx_onnxv1"
-    inline = True
 
     def __init__(self, model: Model) -> None:
+        super().__init__()
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
             import onnxruntime as ort
@@ -35,8 +38,9 @@ class OnnxRunner(Runner):
             raise CannotStart(f"model {model.id} needs the package onnxruntime: add it to the requirements") from exc
         ort.disable_telemetry_events()
         options = ort.SessionOptions()
-        options.intra_op_num_threads = int(os.environ.get("MODELYARD_THREADS", "1"))
+        options.intra_op_num_threads = cores()
         options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other models use the cores as well
         try:
             self._session = ort.InferenceSession(str(model.path), options, providers=ort.get_available_providers())
         except Exception as exc:
@@ -44,22 +48,27 @@ class OnnxRunner(Runner):
         self.inputs = tuple(_slot(i) for i in self._session.get_inputs())
         self.outputs = tuple(_slot(o) for o in self._session.get_outputs())
         self._names = tuple(i.name for i in self.inputs)
+        self._all = tuple(o.name for o in self.outputs)
         self._dtypes = {i.name: _dtype(i.datatype) for i in self.inputs}
         self._shapes = {i.name: i.shape for i in self.inputs}
+        self.batched = all(i.shape[:1] == (-1,) for i in self.inputs) and \
+            all(o.shape[:1] in ((), (-1,)) for o in self.outputs)
 
-    def run(self, asked: Asked) -> Any:
-        feeds = {name: self._fit(name, array) for name, array in named_inputs(asked, self._names).items()}
-        names = list(asked.outputs) or [o.name for o in self.outputs]
-        unknown = [name for name in names if all(o.name != name for o in self.outputs)]
-        if unknown:
-            raise Invalid(f"there is no output '{unknown[0]}'; there is: {', '.join(o.name for o in self.outputs)}")
+    def arrays(self, asked: Asked) -> tuple[dict[str, Any], tuple[str, ...]]:
+        names = tuple(asked.outputs) or self._all
+        for name in names:
+            if name not in self._all:
+                raise Invalid(f"there is no output '{name}'; there is: {', '.join(self._all)}")
+        return {name: self._fit(name, array) for name, array in named_inputs(asked, self._names).items()}, names
+
+    def predict(self, arrays: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         try:
-            values = self._session.run(names, feeds)
+            values = self._session.run(names, arrays)
         except Exception as exc:
             if type(exc).__name__ == "InvalidArgument":
                 raise Invalid(f"the model refuses the input: {exc}") from exc
             raise ScoringFailed(f"the model failed: {exc}") from exc
-        return Outputs({name: _array(value) for name, value in zip(names, values, strict=True)})
+        return Outputs(zip(names, map(_array, values), strict=True))
 
     def _fit(self, name: str, array: np.ndarray) -> np.ndarray:
         """The array as the graph wants it. Raises Invalid, naming the tensor, when it does not fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,21 +13,21 @@ from ..core.tensors import to_wire
 from .calls import Asked, ScoringFailed
 from .image import Model
 from .results import Outputs
-from .runners import CannotStart, Runner, Slot, the_input
+from .runners import CannotStart, RowRunner, Slot, the_input
 
 METHODS = ("predict", "predict_proba")
 
 
-class SklearnRunner(Runner):
+class SklearnRunner(RowRunner):
     """``.skops`` with types that skops trusts; joblib and pickle only when the model says ``trusted``."""
 
     platform = "sklearn"
-    inline = True
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, loaded: Any = None) -> None:
+        super().__init__()
         # Tensors have one name and columns none: said by scikit-learn at every call otherwise.
         warnings.filterwarnings("ignore", message="X does not have valid feature names")
-        self._model = _load(model)
+        self._model = _load(model) if loaded is None else loaded
         if not hasattr(self._model, "predict"):
             raise CannotStart(f"model {model.id} is a {type(self._model).__name__}, which has no predict")
         self._features: int | None = getattr(self._model, "n_features_in_", None)
@@ -40,12 +41,15 @@ class SklearnRunner(Runner):
             return Slot(name, "FP64", (-1, len(classes) if isinstance(classes, np.ndarray) else -1))
         return Slot(name, to_wire(name, classes)[1] if isinstance(classes, np.ndarray) else "FP64", (-1,))
 
-    def run(self, asked: Asked) -> Any:
-        rows = self._fit(the_input(asked))
-        names = asked.outputs or ("predict",)
-        unknown = [name for name in names if name not in self._methods]
-        if unknown:
-            raise Invalid(f"there is no output '{unknown[0]}'; there is: {', '.join(self._methods)}")
+    def arrays(self, asked: Asked) -> tuple[dict[str, Any], tuple[str, ...]]:
+        names = tuple(asked.outputs) or ("predict",)
+        for name in names:
+            if name not in self._methods:
+                raise Invalid(f"there is no output '{name}'; there is: {', '.join(self._methods)}")
+        return {"input-0": self._fit(the_input(asked))}, names
+
+    def predict(self, arrays: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+        rows = arrays["input-0"]
         try:
             return Outputs({name: np.asarray(getattr(self._model, name)(rows)) for name in names})
         except (ValueError, TypeError) as exc:
@@ -64,8 +68,11 @@ class SklearnRunner(Runner):
 
 
 def _load(model: Model) -> Any:
-    if model.path.suffix == ".skops":
-        return _load_skops(model)
+    return _load_skops(model) if model.path.suffix == ".skops" else load_pickle(model)
+
+
+def load_pickle(model: Model) -> Any:
+    """What a joblib or pickle file holds. Raises CannotStart, also when the model is not ``trusted``."""
     if not model.trusted:
         raise CannotStart(f"model {model.id}: {model.path.name} is a pickle, and loading one runs code it may hold; "
                           "register it with trusted: true if it is yours, or save it with skops")

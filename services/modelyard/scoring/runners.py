@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from .arguments import as_array, body_of, columns_of, data_of, only, parse
 from .calls import Asked, ScoringFailed
 from .context import CURRENT
 from .image import Image, Model
+from .parts import NotByRows, Part, join, measure_arrays, row_wise, split
 
 
 class Slot(NamedTuple):
@@ -26,19 +28,87 @@ class Slot(NamedTuple):
 
 
 class Runner(ABC):
-    """Opened once, then asked. ``run`` is called by one thread at a time, unless ``inline`` allows the event loop."""
+    """Opened once, then asked. Called by one thread at a time.
+
+    A plain runner is asked by ``run``. One that is ``batched`` makes a part of each call (``prepare``), and is asked
+    by ``one`` or, for parts of equal keys, by ``many``. Where ``asynchronous``, these three return awaitables.
+    """
 
     platform = "python"
     inline = False
     """The runner is ours and safe from two threads: short predictions may run on the event loop."""
     asynchronous = False
-    """``run`` returns an awaitable."""
+    batched = False
+    """Whether rows of several calls may be joined. A runner that finds out that they may not sets it to False."""
     inputs: tuple[Slot, ...] = ()
     outputs: tuple[Slot, ...] = ()
 
     @abstractmethod
     def run(self, asked: Asked) -> Any:
         """The result (see ``results``). Raises Invalid for bad input, ScoringFailed when scoring code raised."""
+
+    def prepare(self, asked: Asked) -> Part:
+        """What the call gives the model. Raises Invalid."""
+        raise NotImplementedError
+
+    def one(self, part: Part) -> Any:
+        """As ``run``, of a part."""
+        raise NotImplementedError
+
+    def many(self, parts: Sequence[Part]) -> Any:
+        """The results of parts that have one key, in order, by one prediction. Raises WrongRows when all of them have
+        failed; anything else means that fewer are to be asked at a time."""
+        raise NotImplementedError
+
+
+class RowRunner(Runner):
+    """A flavour: named arrays in, named arrays out, each row by itself. That this is so is tried before calls are
+    joined for the first time."""
+
+    inline = True
+    batched = True
+
+    def __init__(self) -> None:
+        self._tried: set[frozenset[str]] = set()  # callers choose outputs: in any order, and twice if they like
+
+    @abstractmethod
+    def arrays(self, asked: Asked) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The call's arrays as the model wants them, and the outputs that it asks for. Raises Invalid."""
+
+    @abstractmethod
+    def predict(self, arrays: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+        """The outputs of these names. Raises Invalid when the model refuses the arrays, ScoringFailed."""
+
+    def run(self, asked: Asked) -> Any:
+        return self.predict(*self.arrays(asked))
+
+    def prepare(self, asked: Asked) -> Part:
+        return measure_arrays(*self.arrays(asked))
+
+    def one(self, part: Part) -> Any:
+        return self.predict(*part.inputs)
+
+    def many(self, parts: Sequence[Part]) -> Any:
+        names = parts[0].inputs[1]
+        if frozenset(names) not in self._tried:
+            self._try(parts, names)
+        given = self.predict(join([part.inputs[0] for part in parts]), names)
+        try:
+            return split(given, [part.rows for part in parts])
+        except NotByRows:
+            self._by_itself(names)
+            raise
+
+    def _try(self, parts: Sequence[Part], names: tuple[str, ...]) -> None:
+        if not row_wise(lambda arrays: self.predict(arrays, names), parts[0].inputs[0], parts[1].inputs[0]):
+            self._by_itself(names)
+            raise NotByRows("rows depend on each other")
+        self._tried.add(frozenset(names))
+
+    def _by_itself(self, names: tuple[str, ...]) -> None:
+        self.batched = False
+        sys.stderr.write(f"modelyard: the model's outputs ({', '.join(names)}) do not go row by row: calls are not "
+                         "joined into batches\n")
 
 
 class CannotStart(Exception):
@@ -61,12 +131,11 @@ def _flavour(model: Model) -> Runner:
     framework, suffix = model.framework, model.path.suffix
     if framework == "mlflow" or (model.path.is_dir() and (model.path / "MLmodel").is_file()):
         return _mlflow(model)
-    if framework == "onnx" or (not framework and suffix == ".onnx"):
-        return _onnx(model)
-    if framework == "scikit-learn" or (not framework and suffix in (".skops", ".joblib", ".pkl")):
-        return _sklearn(model)
-    raise CannotStart(f"model {model.id} of framework '{framework or 'none'}' needs a scoring file: only onnx and "
-                      "scikit-learn models answer without one")
+    framework = framework or BY_SUFFIX.get(suffix, "none")
+    if framework in FLAVOURS:
+        return FLAVOURS[framework](model)
+    raise CannotStart(f"model {model.id} of framework '{framework}' needs a scoring file: only {', '.join(FLAVOURS)} "
+                      "models answer without one")
 
 
 def _onnx(model: Model) -> Runner:
@@ -81,12 +150,31 @@ def _sklearn(model: Model) -> Runner:
     return SklearnRunner(model)
 
 
+def _lightgbm(model: Model) -> Runner:
+    from .runner_trees import lightgbm_runner
+
+    return lightgbm_runner(model)
+
+
+def _xgboost(model: Model) -> Runner:
+    from .runner_trees import xgboost_runner
+
+    return xgboost_runner(model)
+
+
+FLAVOURS = {"onnx": _onnx, "scikit-learn": _sklearn, "lightgbm": _lightgbm, "xgboost": _xgboost}
+BY_SUFFIX = {".onnx": "onnx", ".skops": "scikit-learn", ".joblib": "scikit-learn", ".pkl": "scikit-learn",
+             ".ubj": "xgboost"}
+MLFLOW = (("model.onnx", _onnx), ("model.lgb", _lightgbm), ("model.ubj", _xgboost), ("model.xgb", _xgboost),
+          ("model.skops", _sklearn), ("model.pkl", _sklearn))
+
+
 def _mlflow(model: Model) -> Runner:
     """An MLflow folder by the file that its flavour leaves in it."""
-    for name, make in (("model.onnx", _onnx), ("model.skops", _sklearn), ("model.pkl", _sklearn)):
+    for name, make in MLFLOW:
         if (model.path / name).is_file():
             return make(replace(model, path=model.path / name))
-    raise CannotStart(f"model {model.id}: the MLflow folder holds none of model.onnx, model.skops, model.pkl; give the "
+    raise CannotStart(f"model {model.id}: the MLflow folder holds none of {', '.join(n for n, _ in MLFLOW)}; give the "
                       "image a scoring file")
 
 
@@ -115,12 +203,18 @@ def named_inputs(asked: Asked, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def log_failure() -> ScoringFailed:
-    """The exception being handled, as the caller may see it; its traceback goes to the log only."""
+    """The exception being handled, as the caller may see it; its traceback goes to the log only. Never raises, though
+    what is raised may be anything, also something that cannot be told, and the log may be closed."""
     error = sys.exception() if hasattr(sys, "exception") else sys.exc_info()[1]
-    text = "".join(traceback.format_exception(error)) if error is not None else ""
     current = CURRENT.get()
     call = f"request {current.request_id}, prediction {current.prediction_id}" if current else "a call"
-    sys.stderr.write(f"modelyard: scoring failed, {call}\n{text}")
-    sys.stderr.flush()
-    said = str(error)
-    return ScoringFailed(f"{type(error).__name__}: {said}" if said else type(error).__name__)
+    with contextlib.suppress(Exception):
+        text = "".join(traceback.format_exception(error)) if error is not None else ""
+        sys.stderr.write(f"modelyard: scoring failed, {call}\n{text}")
+        sys.stderr.flush()
+    try:
+        said = str(error).encode("utf-8", "replace").decode()
+    except Exception:  # noqa: BLE001 - user code's own __str__
+        said = ""
+    name = type(error).__name__
+    return ScoringFailed(f"{name}: {said}" if said else name)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib.util
 import signal
 import sys
 import time
 from collections.abc import Callable
 
+from ..core.errors import Invalid
 from . import collect
 from .admin import Admin
 from .capture import CaptureLog
@@ -17,12 +19,11 @@ from .dataplane import DataPlane
 from .image import Image
 from .runners import CannotStart
 from .settings import Settings
-from .transport import Transport
-from .transport_grpc import CONNECTION_AGE_MS, GrpcTransport
+from .transport import CONNECTION_AGE_S, Transport
 from .transport_rest import RestTransport
 
 CANNOT_START = 3
-DRAIN_S = CONNECTION_AGE_MS / 1000 * 1.1 + 0.5
+DRAIN_S = CONNECTION_AGE_S * 1.1 + 0.5
 """By then every connection of before the drain was told to end; their age is jittered by a tenth."""
 QUIET_S = 1.0
 """Nobody called for so long while draining: nobody is there."""
@@ -40,9 +41,9 @@ class Replica:
         self.log = _open_log(settings, image)
         name = settings.deployment or settings.image.partition(":")[0] or "model"
         self.plane = DataPlane(name, settings.limits, self.log)
-        self.admin = Admin(settings.admin, self.plane, self.drain)
-        self.transports: list[Transport] = [GrpcTransport(settings.grpc, self.plane),
-                                            RestTransport(settings.http, self.plane)]
+        self.admin = Admin(settings.admin, self.plane, self.drain, self.spread)
+        self.transports: list[Transport] = [open_grpc(settings, self.plane),
+                                            RestTransport(settings.http, self.plane, settings.tls)]
         self._stop = asyncio.Event()
         self._draining_since = 0.0
 
@@ -62,7 +63,7 @@ class Replica:
     async def _start(self) -> None:
         addresses = {"admin": await self.admin.start()}
         for transport in self.transports:
-            addresses[transport.name] = await transport.start()
+            addresses[transport.name] = f"{await transport.start()} ({transport.library})"
         say(f"listening: {', '.join(f'{k} {v}' for k, v in addresses.items())}; loading models")
         began = time.monotonic()
         load = asyncio.ensure_future(self.plane.load(self.image, self.settings.image_version))
@@ -89,6 +90,11 @@ class Replica:
             await transport.drain()
         say("draining")
 
+    async def spread(self) -> None:
+        """Other replicas have come: callers find them when they connect anew."""
+        for transport in self.transports:
+            await transport.spread()
+
     async def _leave(self, asked: float) -> None:
         await self.drain()
         while not self._nobody_is_there():  # noqa: ASYNC110 - what is waited for is that nothing happens
@@ -107,6 +113,20 @@ class Replica:
         collect.bind(None)
         if self.log is not None:
             self.log.close()
+
+
+def open_grpc(settings: Settings, plane: DataPlane) -> Transport:
+    """The transport that ``--transport`` asks for; ``auto``: the fast one where it is installed. Raises Invalid."""
+    there = importlib.util.find_spec("h2corn") is not None
+    if settings.transport == "h2" and not there:
+        raise Invalid("--transport h2 needs the package h2corn, which this image does not have; use --transport grpc")
+    if settings.transport == "grpc" or not there:
+        from .transport_grpc import GrpcTransport
+
+        return GrpcTransport(settings.grpc, plane, settings.tls)
+    from .transport_h2 import H2Transport
+
+    return H2Transport(settings.grpc, plane, settings.tls)
 
 
 def _open_log(settings: Settings, image: Image) -> CaptureLog | None:

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import Invalid
+from .transport import Tls
 
-DEFAULT_CAPTURE = {"enabled": False, "sampling": 1.0, "on_pressure": "drop", "retention_days": 30}
+TRANSPORTS = ("auto", "h2", "grpc")
+DEFAULT_CAPTURE = {"enabled": False, "sampling": 1.0, "sampling_key": "prediction_id", "redact": [], "sync": "never",
+                   "on_pressure": "drop", "spool_bytes": None, "retention_days": 30}
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """``grpc``, ``http``, ``admin`` are ``host:port`` or ``unix:PATH``; ``replica`` is new at each start."""
+    """``grpc``, ``http`` and ``admin`` are ``host:port``, ``unix:PATH`` or ``fd://N``. ``replica`` is new at each
+    start."""
 
     root: Path
     grpc: str = "0.0.0.0:8081"
     http: str = "0.0.0.0:8080"
     admin: str = "127.0.0.1:8082"
+    transport: str = "auto"
+    tls: Tls | None = None
     spool: Path | None = None
     deployment: str = ""
     workspace: str = "default"
@@ -50,7 +56,7 @@ class Settings:
     @classmethod
     def read(cls, argv: Sequence[str], env: Mapping[str, str] = os.environ) -> Settings:
         """From the arguments behind ``serve`` and the environment. Raises Invalid, naming what is wrong."""
-        args = _parser().parse_args(argv)
+        args = _parser(env).parse_args(argv)
         ordinal = env.get("MODELYARD_REPLICA", "0")
         if not ordinal.isascii() or not ordinal.isdigit():
             raise Invalid(f"MODELYARD_REPLICA is '{ordinal}'; it must be a whole number")
@@ -61,18 +67,45 @@ class Settings:
                 raise Invalid(f"MODELYARD_LIMITS: {name} is {value!r}; it must be a whole number above 0")
         return cls(
             root=Path(env.get("MODELYARD_ROOT", "/opt/modelyard")), grpc=args.grpc, http=args.http, admin=args.admin,
-            spool=Path(args.spool) if args.spool else None, deployment=env.get("MODELYARD_DEPLOYMENT", ""),
-            workspace=env.get("MODELYARD_WORKSPACE", "default"), image=env.get("MODELYARD_IMAGE", ""),
+            transport=_transport(args.transport), tls=_tls(args), spool=Path(args.spool) if args.spool else None,
+            deployment=env.get("MODELYARD_DEPLOYMENT", ""), workspace=env.get("MODELYARD_WORKSPACE", "default"),
+            image=env.get("MODELYARD_IMAGE", ""),
             replica=f"{int(ordinal)}-{secrets.token_hex(4)}",
             capture={**DEFAULT_CAPTURE, **_json(env, "MODELYARD_CAPTURE")},
             limits=Limits(**{k: v for k, v in limits.items() if k in known}))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="serve", description="Answer scoring calls. ADDR is host:port or unix:PATH.")
+def _transport(given: str) -> str:
+    if given not in TRANSPORTS:
+        raise Invalid(f"there is no transport '{given}' (--transport, MODELYARD_TRANSPORT); use one of "
+                      f"{', '.join(TRANSPORTS)}")
+    return given
+
+
+def _tls(args: argparse.Namespace) -> Tls | None:
+    given = [Path(name) if name else None for name in (args.tls_cert, args.tls_key, args.tls_client_ca)]
+    cert, key, client_ca = given
+    if cert is None and key is None and client_ca is None:
+        return None
+    if cert is None or key is None:
+        raise Invalid("TLS needs --tls-cert and --tls-key together")
+    for path in given:
+        if path is not None and not path.is_file():
+            raise Invalid(f"{path} is not there (--tls-cert, --tls-key, --tls-client-ca)")
+    return Tls(cert, key, client_ca)
+
+
+def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="serve", description="Answer scoring calls. "
+                                     "ADDR is host:port, unix:PATH or fd://N, an inherited socket.")
     parser.add_argument("--grpc", default=Settings.grpc, metavar="ADDR", help="Open Inference Protocol v2 over gRPC")
     parser.add_argument("--http", default=Settings.http, metavar="ADDR", help="the same over REST, /score, /metrics")
     parser.add_argument("--admin", default=Settings.admin, metavar="ADDR", help="/livez /readyz /metrics, POST /drain")
+    parser.add_argument("--transport", default=env.get("MODELYARD_TRANSPORT") or "auto", metavar="NAME",
+                        help="gRPC by h2 (h2corn) or grpc (grpcio); auto: h2 where it is installed")
+    parser.add_argument("--tls-cert", default="", metavar="FILE", help="certificate chain, PEM: gRPC and REST by TLS")
+    parser.add_argument("--tls-key", default="", metavar="FILE", help="its key, PEM")
+    parser.add_argument("--tls-client-ca", default="", metavar="FILE", help="callers must show a certificate of these")
     parser.add_argument("--spool", default="", metavar="DIR", help="where captured calls are kept until shipped")
     return parser
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..core.errors import ModelyardError
+from .pace import NICENESS, Pace
 from .spool import GRANT, adopt_dead, closed_segments, read_segment
 
 log = logging.getLogger("modelyard.shipper")
@@ -27,8 +28,6 @@ LOOK_S = 0.2
 ADOPT_S = 1.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 30.0
 LEFTOVER_S = 60.0
-NICENESS = 19
-"""Below everything else, but never starved as SCHED_IDLE is on a machine that is full: fresh capture is wanted too."""
 
 
 class Grant(Protocol):
@@ -39,10 +38,13 @@ class Grant(Protocol):
 
 class Shipper:
     """Ships one spool. ``open_grant`` turns a URL into a Grant; the URL in the spool's ``grant`` file, where there
-    is one, is newer than the one given."""
+    is one, is newer than the one given. ``waiting`` hears how many closed segments there are, at each look and each
+    time one was shipped."""
 
-    def __init__(self, spool: Path, url: str, open_grant: Callable[[str], Grant]) -> None:
+    def __init__(self, spool: Path, url: str, open_grant: Callable[[str], Grant],
+                 waiting: Callable[[int], None] = lambda segments: None) -> None:
         self.spool, self.given, self.open_grant = spool, url, open_grant
+        self._waiting = waiting
         self.stopping = asyncio.Event()
         self._opened: tuple[str, Grant] | None = None
         self._wait = FIRST_WAIT_S
@@ -67,7 +69,9 @@ class Shipper:
     async def drain(self) -> bool:
         """One pass over what is closed, in order; False at the first thing that the store did not take."""
         unread = 0
-        for path in await asyncio.to_thread(closed_segments, self.spool):
+        closed = await asyncio.to_thread(closed_segments, self.spool)
+        self._waiting(len(closed))
+        for shipped, path in enumerate(closed, 1):
             try:
                 data = await asyncio.to_thread(read_segment, path)
             except OSError as exc:  # this one file: the others go on
@@ -80,6 +84,7 @@ class Shipper:
                 self._say(f"cannot ship: {exc}")
                 return False
             await asyncio.to_thread(path.unlink, missing_ok=True)
+            self._waiting(len(closed) - shipped)
             self._wait, self._said = FIRST_WAIT_S, ""
         return not unread
 
@@ -116,13 +121,17 @@ class Shipper:
 async def _serve(spool: Path, url: str, once: bool) -> int:
     from ..adapters.grants_lent import open_grant
 
-    shipper = Shipper(spool, url, open_grant)
-    if once:
-        return 0 if await shipper.once() else 1
+    if once:  # somebody waits for it
+        return 0 if await Shipper(spool, url, open_grant).once() else 1
+    pace = Pace()
+    shipper = Shipper(spool, url, open_grant, pace.waiting)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, shipper.stopping.set)
-    await shipper.run()
+    try:
+        await shipper.run()
+    finally:
+        pace.close()
     return 0
 
 

@@ -22,19 +22,23 @@ from ..core.segments import START, new_mark, pack_json
 
 GRANT = "grant"
 PLAIN = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-PIECES = 1000
-"""Below the kernel's IOV_MAX of 1024: more pieces than this are joined before they are written."""
+JOINED, PIECES = 2**20, 1000
+"""Up to so many bytes, joining the pieces costs less than telling the kernel of each; and more pieces than that (its
+IOV_MAX is 1024) it does not take."""
 
 
 class LiveSegment:
     """One segment file that this process writes. Not safe for two threads at once."""
 
-    def __init__(self, spool: Path, replica: str, number: int, about: dict[str, Any], started_ns: int) -> None:
-        """Raises OSError; then nothing is left behind but perhaps a ``.new`` file."""
+    def __init__(self, spool: Path, replica: str, number: int, about: dict[str, Any], started_ns: int,
+                 sync: bool = False) -> None:
+        """``sync``: what is written is on the disk when ``write`` returns, the file's name included. Raises OSError;
+        then nothing is left behind but perhaps a ``.new`` file."""
         self.mark = new_mark(secrets.token_bytes(4))
         self.number = number
         self.size = 0
         self.holds = 0
+        self._sync = sync
         self._closed_as = spool / segment_name(replica, number)
         self._path = self._closed_as.with_suffix(".live")
         making = self._closed_as.with_suffix(".new")
@@ -43,22 +47,27 @@ class LiveSegment:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.write([pack_json(self.mark, START, about, started_ns=started_ns)], 0)
             os.rename(making, self._path)
+            if sync:
+                sync_folder(spool)
         except OSError:
             os.close(self._fd)
-            with contextlib.suppress(OSError):
-                os.unlink(making)
+            for path in (making, self._path):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
             raise
 
     def write(self, pieces: Sequence[bytes], holds: int = 1) -> None:
-        """All of it with one writev, or an OSError and nothing of it in the file. ``holds`` tells how many
+        """All of it with one write, or an OSError and nothing of it in the file. ``holds`` tells how many
         frames worth shipping it carries."""
-        if len(pieces) > PIECES:
-            pieces = [b"".join(pieces)]
         wanted = sum(map(len, pieces))
+        if wanted <= JOINED or len(pieces) > PIECES:
+            pieces = (b"".join(pieces),)
         try:
             written = os.writev(self._fd, pieces)
             if written != wanted:
                 raise OSError(errno.ENOSPC, f"only {written} of {wanted} bytes could be written")
+            if self._sync:
+                os.fdatasync(self._fd)
         except OSError:
             os.ftruncate(self._fd, self.size)
             raise
@@ -77,6 +86,15 @@ class LiveSegment:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in it are on the disk when this returns."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def used_bytes(spool: Path) -> int:

@@ -31,6 +31,7 @@ class Table:
                  lanes: Iterable[tuple[Sequence[Model], Lane]]) -> None:
         self.default = ""
         self._names: dict[str, dict[str, Entry]] = {}
+        self._found: dict[tuple[str, str], tuple[Served, Entry]] = {}
         for models, lane in lanes:
             if image.score is not None:
                 self._add_score(deployment, models, image_version, lane)
@@ -55,6 +56,12 @@ class Table:
 
     def find(self, name: str, version: str = "") -> tuple[Served, Entry]:
         """The model meant; without a version the highest. Raises NotFound, naming what there is."""
+        found = self._found.get((name, version))
+        if found is None:
+            found = self._found[name, version] = self._find(name, version)
+        return found
+
+    def _find(self, name: str, version: str) -> tuple[Served, Entry]:
         versions = self._names.get(name)
         if versions is None:
             raise NotFound(f"no model '{name}' answers here; these do: {', '.join(self.names)}", model=name)

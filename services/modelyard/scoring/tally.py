@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,21 @@ class Finished:
     response: bytes
     response_type: str
     trace_id: str = ""
+
+
+def fitting(calls: Sequence[Finished], room: int) -> tuple[Sequence[Finished], Sequence[Finished]]:
+    """(those whose bodies fit into so many bytes together, the others), in order."""
+    if sum([len(c.request) + len(c.response) for c in calls]) <= room:
+        return calls, ()
+    fit, left = [], []
+    for call in calls:
+        size = len(call.request) + len(call.response)
+        if size <= room:
+            room -= size
+            fit.append(call)
+        else:
+            left.append(call)
+    return fit, left
 
 
 class Tally:

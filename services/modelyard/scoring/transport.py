@@ -3,20 +3,54 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from typing import ClassVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core.errors import Invalid
 
+if TYPE_CHECKING:
+    import ssl
+
 REQUEST_ID_LENGTH = 128
+BACKLOG = 4096
+CONNECTION_AGE_S = 5.0
+"""grpcio tells its clients to come again after this long."""
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files. With ``client_ca`` a caller must show a certificate that one of its authorities signed."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def read(self) -> tuple[bytes, bytes, bytes | None]:
+        """(certificate chain, key, authorities). Raises OSError."""
+        return self.cert.read_bytes(), self.key.read_bytes(), self.client_ca.read_bytes() if self.client_ca else None
+
+    def context(self) -> ssl.SSLContext:
+        """For servers that take Python's own TLS. Raises OSError."""
+        import ssl
+
+        made = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self.client_ca)
+        made.load_cert_chain(self.cert, self.key)
+        if self.client_ca is not None:
+            made.verify_mode = ssl.CERT_REQUIRED
+        return made
 
 
 class Transport(ABC):
-    """One listening address and one protocol. ``address`` is ``host:port`` or ``unix:PATH``."""
+    """One listening address and one protocol. ``address`` is ``host:port``, ``unix:PATH`` or ``fd://N``."""
 
     name: ClassVar[str]
+    library: ClassVar[str]
+    """What it is built on, for the log."""
 
     @abstractmethod
     async def start(self) -> str:
@@ -30,19 +64,54 @@ class Transport(ABC):
     async def drain(self) -> None:
         """Say not ready; go on answering; let connections end by themselves."""
 
+    async def spread(self) -> None:  # noqa: B027 - not every protocol needs it
+        """There are replicas now that were not there before: send connections on to them, failing no call."""
+
     @abstractmethod
     async def stop(self, grace_s: float) -> None:
         """Takes nothing new, answers what is in flight for up to ``grace_s``, closes."""
 
 
-def parse_address(address: str) -> tuple[str, int] | str:
-    """``host:port`` → (host, port), ``unix:PATH`` → PATH. Raises Invalid."""
+def parse_address(address: str) -> tuple[str, int] | str | int:
+    """``host:port`` → (host, port), ``unix:PATH`` → PATH, ``fd://N`` → N. Raises Invalid."""
     if address.startswith("unix:") and len(address) > 5:
         return address[5:]
+    if address.startswith("fd://") and address[5:].isascii() and address[5:].isdigit():
+        return int(address[5:])
     host, _, port = address.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise Invalid(f"'{address}' is not an address; write host:port or unix:PATH")
+        raise Invalid(f"'{address}' is not an address; write host:port, unix:PATH or fd://N (an inherited socket)")
     return host.strip("[]"), int(port)
+
+
+def listen(address: str) -> tuple[socket.socket, str]:
+    """A listening socket, and its address with the port it got. Raises Invalid, OSError."""
+    target = parse_address(address)
+    try:
+        if isinstance(target, int):
+            return _inherited(target), address
+        if isinstance(target, str):
+            clear_socket(target)
+            sock = socket.socket(socket.AF_UNIX)
+            sock.bind(target)
+            sock.listen(BACKLOG)
+            return sock, address
+        six = ":" in target[0]
+        sock = socket.create_server(target, family=socket.AF_INET6 if six else socket.AF_INET, backlog=BACKLOG,
+                                    dualstack_ipv6=six and socket.has_dualstack_ipv6())
+    except OSError as exc:
+        raise OSError(f"cannot listen on {address}: {exc}") from exc
+    return sock, f"{target[0]}:{sock.getsockname()[1]}"
+
+
+def _inherited(number: int) -> socket.socket:
+    """Our own copy of a socket that whoever started us has opened; theirs stays as it is. Raises OSError."""
+    sock = socket.socket(fileno=os.dup(number))
+    if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        sock.close()
+        raise OSError("it is not a listening stream socket")
+    sock.setblocking(False)
+    return sock
 
 
 def clear_socket(path: str) -> None:
@@ -61,3 +130,8 @@ def trace_id(traceparent: str | None) -> str:
     """The trace id of a W3C ``traceparent``, or ""."""
     parts = (traceparent or "").split("-")
     return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else ""
+
+
+def binary_trace_id(trace: bytes | None) -> str:
+    """The trace id of a ``grpc-trace-bin`` (version 0, field 0, sixteen bytes), or ""."""
+    return trace[2:18].hex() if trace and len(trace) >= 18 and trace[:2] == b"\0\0" else ""

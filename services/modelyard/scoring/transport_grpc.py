@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -18,18 +18,14 @@ from grpc_health.v1.health import aio as health_aio
 
 from ..core.errors import ModelyardError
 from ..core.inference import PROTO
-from ..core.version import __version__
-from ..wire import inference_pb2 as pb
+from . import grpc_wire as wire
+from . import oip
 from .calls import Answer, Call, statuses
 from .codecs import GrpcCodec, StreamCodec
 from .dataplane import DataPlane
-from .transport import Transport, clear_socket, parse_address, request_id, trace_id
+from .oip import SERVICE
+from .transport import CONNECTION_AGE_S, Tls, Transport, clear_socket, parse_address, request_id, trace_id
 
-SERVICE = "inference.GRPCInferenceService"
-EXTENSIONS = ("model_stream_infer",)
-CONNECTION_AGE_MS = 5_000
-MESSAGE_LENGTH = 2_000
-"""Status messages travel in headers, which clients cap at 8 KiB."""
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 
 
@@ -37,9 +33,10 @@ class GrpcTransport(Transport, grpc.GenericRpcHandler):  # type: ignore[misc]
     """One grpc.aio server. Messages over the limit are refused by the library before they are read whole."""
 
     name = "grpc"
+    library = "grpcio"
 
-    def __init__(self, address: str, plane: DataPlane) -> None:
-        self._address = address
+    def __init__(self, address: str, plane: DataPlane, tls: Tls | None = None) -> None:
+        self._address, self._tls = address, tls
         self._plane = plane
         self._codec, self._stream_codec = GrpcCodec(), StreamCodec()
         self._methods = {f"/{SERVICE}/{name}": handler for name, handler in self._handlers().items()}
@@ -47,7 +44,7 @@ class GrpcTransport(Transport, grpc.GenericRpcHandler):  # type: ignore[misc]
         self._server = grpc.aio.server(options=[
             ("grpc.max_receive_message_length", plane.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),
-            ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
+            ("grpc.max_connection_age_ms", int(CONNECTION_AGE_S * 1000)),
             ("grpc.so_reuseport", 0),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
@@ -57,11 +54,7 @@ class GrpcTransport(Transport, grpc.GenericRpcHandler):  # type: ignore[misc]
         return {
             "ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._stream),
-            "ServerLive": _unary(self._server_live, pb.ServerLiveRequest),
-            "ServerReady": _unary(self._server_ready, pb.ServerReadyRequest),
-            "ModelReady": _unary(self._model_ready, pb.ModelReadyRequest),
-            "ServerMetadata": _unary(self._server_metadata, pb.ServerMetadataRequest),
-            "ModelMetadata": _unary(self._model_metadata, pb.ModelMetadataRequest),
+            **{name: _unary(method) for name, method in oip.methods(self._plane).items()},
         }
 
     def service(self, handler_call_details: Any) -> Any:
@@ -70,6 +63,8 @@ class GrpcTransport(Transport, grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def start(self) -> str:
         target = parse_address(self._address)
+        if isinstance(target, int):
+            raise OSError(f"cannot listen on {self._address}: grpcio takes no inherited socket; use --transport h2")
         if isinstance(target, str):
             clear_socket(target)
         self._server.add_generic_rpc_handlers((self,))
@@ -77,11 +72,18 @@ class GrpcTransport(Transport, grpc.GenericRpcHandler):  # type: ignore[misc]
         _add_reflection(self._server)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
-            port = self._server.add_insecure_port(self._address)
+            port = self._bind()
         except RuntimeError as exc:
             raise OSError(f"cannot listen on {self._address}: {exc}") from exc
         await self._server.start()
         return self._address if isinstance(target, str) else f"{target[0]}:{port}"
+
+    def _bind(self) -> int:
+        if self._tls is None:
+            return int(self._server.add_insecure_port(self._address))
+        cert, key, client_ca = self._tls.read()
+        credentials = grpc.ssl_server_credentials([(key, cert)], client_ca, client_ca is not None)
+        return int(self._server.add_secure_port(self._address, credentials))
 
     async def loaded(self) -> None:
         await self._say(health_pb2.HealthCheckResponse.SERVING)
@@ -115,53 +117,30 @@ class GrpcTransport(Transport, grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _ask(self, protocol: str, method: str, codec: GrpcCodec, request: bytes,
                    context: grpc.aio.ServicerContext) -> Answer:
-        given = {k: v for k, v in context.invocation_metadata() or () if k in ("x-request-id", "traceparent")}
+        key = self._plane.sampling_header
+        given = {k: v for k, v in context.invocation_metadata() or () if k in ("x-request-id", "traceparent", key)}
         left = context.time_remaining()
         deadline = math.inf if left is None else time.monotonic() + left
         call = Call(protocol, method, request, PROTO, codec, deadline=deadline,
-                    request_id=request_id(given.get("x-request-id")), trace_id=trace_id(given.get("traceparent")))
+                    request_id=request_id(given.get("x-request-id")), trace_id=trace_id(given.get("traceparent")),
+                    key=str(given.get(key, "")))
         return (await self._plane.handle((call,)))[0]
 
-    async def _server_live(self, request: Any, context: Any) -> Any:
-        return pb.ServerLiveResponse(live=True)
 
-    async def _server_ready(self, request: Any, context: Any) -> Any:
-        return pb.ServerReadyResponse(ready=self._plane.ready)
-
-    async def _server_metadata(self, request: Any, context: Any) -> Any:
-        return pb.ServerMetadataResponse(name="modelyard", version=__version__, extensions=EXTENSIONS)
-
-    async def _model_ready(self, request: Any, context: Any) -> Any:
-        self._plane.about(request.name, request.version)
-        return pb.ModelReadyResponse(ready=self._plane.ready)
-
-    async def _model_metadata(self, request: Any, context: Any) -> Any:
-        _, runner = self._plane.about(request.name, request.version)
-        answer = pb.ModelMetadataResponse(name=request.name, versions=self._plane.table.versions(request.name),
-                                          platform=runner.platform)
-        for slots, into in ((runner.inputs, answer.inputs), (runner.outputs, answer.outputs)):
-            for slot in slots:
-                into.add(name=slot.name, datatype=slot.datatype, shape=slot.shape)
-        return answer
-
-
-def _unary(fn: Callable[[Any, Any], Any], request_type: Any) -> Any:
-    """A handler of messages; our errors become statuses."""
+def _unary(method: oip.Method) -> Any:
+    """A handler of grpc's; our errors become statuses."""
     async def handle(request: bytes, context: grpc.aio.ServicerContext) -> Any:
         try:
-            answer = await fn(request_type.FromString(request), context)
+            return method(request)
         except ModelyardError as exc:
             return await _abort(context, exc, ())
-        except ValueError:
-            return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the body is not a {request_type.__name__}")
-        return answer.SerializeToString()
 
     return grpc.unary_unary_rpc_method_handler(handle)
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: ModelyardError, metadata: Any) -> Any:
     code = grpc.StatusCode[statuses(error)[0]]
-    await context.abort(code, error.message[:MESSAGE_LENGTH], metadata)
+    await context.abort(code, wire.short(error.message), (*metadata, (wire.DETAILS, wire.details(error))))
 
 
 def _metadata(answer: Answer, deployment: str) -> tuple[tuple[str, str], ...]:
@@ -174,7 +153,7 @@ def _add_reflection(server: Any) -> None:
     from grpc_reflection.v1alpha import reflection_pb2
     from grpc_reflection.v1alpha._async import ReflectionServicer
 
-    servicer = ReflectionServicer((SERVICE, HEALTH, *REFLECTION[1:]))
+    servicer = ReflectionServicer((SERVICE, HEALTH, *REFLECTION))
     method = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo, reflection_pb2.ServerReflectionRequest.FromString,
         reflection_pb2.ServerReflectionResponse.SerializeToString)

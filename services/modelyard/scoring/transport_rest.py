@@ -22,7 +22,7 @@ from .codecs import PROBLEM, RestCodec, ScoreCodec, problem
 from .dataplane import DataPlane, too_large
 from .runners import Slot
 from .swagger import describe
-from .transport import Transport, clear_socket, parse_address, request_id, trace_id
+from .transport import Tls, Transport, listen, request_id, trace_id
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 EXTENSIONS = ["binary_tensor_data"]
@@ -32,27 +32,19 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class HttpSite:
     """An aiohttp application on ``host:port`` or ``unix:PATH``; port 0 gives a free one."""
 
-    def __init__(self, address: str, app: web.Application, shutdown_s: float = 2.0) -> None:
-        self._address = address
+    def __init__(self, address: str, app: web.Application, shutdown_s: float = 2.0, tls: Tls | None = None) -> None:
+        self._address, self._tls = address, tls
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=shutdown_s,
                                      handler_cancellation=True, keepalive_timeout=75)
         self._site: web.BaseSite | None = None
 
     async def start(self) -> str:
-        """Listens; gives back the address with the port it got."""
-        target = parse_address(self._address)
+        """Listens; gives back the address with the port it got. Raises OSError."""
+        sock, address = listen(self._address)
         await self._runner.setup()
-        if isinstance(target, str):
-            clear_socket(target)
-            self._site = web.UnixSite(self._runner, target)
-            await self._site.start()
-            return self._address
-        self._site = web.TCPSite(self._runner, target[0], target[1])
-        try:
-            await self._site.start()
-        except OSError as exc:
-            raise OSError(f"cannot listen on {self._address}: {exc}") from exc
-        return f"{target[0]}:{self._runner.addresses[0][1]}"
+        self._site = web.SockSite(self._runner, sock, ssl_context=self._tls.context() if self._tls else None)
+        await self._site.start()
+        return address
 
     async def stop_listening(self) -> None:
         """No new connection; open ones go on."""
@@ -69,13 +61,14 @@ class RestTransport(Transport):
     """One aiohttp server over the plane."""
 
     name = "http"
+    library = "aiohttp"
 
-    def __init__(self, address: str, plane: DataPlane) -> None:
+    def __init__(self, address: str, plane: DataPlane, tls: Tls | None = None) -> None:
         self._plane = plane
         self._rest, self._score = RestCodec(), ScoreCodec()
         app = web.Application(client_max_size=plane.limits.max_message_bytes, middlewares=[self._around])
         app.add_routes(self._routes())
-        self._http = HttpSite(address, app)
+        self._http = HttpSite(address, app, tls=tls)
 
     def _routes(self) -> list[web.RouteDef]:
         model, versioned = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
@@ -152,7 +145,8 @@ class RestTransport(Transport):
 
     def _call(self, request: web.Request, protocol: str, method: str, body: bytes, kind: str, codec: Codec) -> Call:
         return Call(protocol, method, body, kind, codec, request_id=request_id(request.headers.get("x-request-id")),
-                    trace_id=trace_id(request.headers.get("traceparent")))
+                    trace_id=trace_id(request.headers.get("traceparent")),
+                    key=request.headers.get(self._plane.sampling_header, ""))
 
     async def _answer(self, call: Call) -> web.Response:
         answer = (await self._plane.handle((call,)))[0]

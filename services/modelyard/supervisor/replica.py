@@ -23,6 +23,10 @@ DRAIN_S, GRACE_S = 20.0, 27.0
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
+class Hangs(Exception):
+    """It answers, and says that only a new process helps."""
+
+
 class Runs(Protocol):
     """What runs for a replica: a child process or a container."""
 
@@ -97,6 +101,11 @@ class Replica:
             await asyncio.wait(either, timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
             idle.cancel()
         await self.stop()
+
+    async def spread(self) -> None:
+        """Another replica is ready: its callers connect anew, to whoever has the fewest. Their calls do not notice."""
+        with contextlib.suppress(probe.NoAnswer):
+            await probe.http(self.address("admin"), "POST", "/spread")
 
     async def stop(self) -> None:
         """Ends it: SIGTERM, in which it answers what it has, SIGKILL when that takes too long."""
@@ -177,6 +186,12 @@ class Replica:
                 up = self.ready and misses < MISSES
                 if self._ready_since and loop.time() - answered > stuck_s:
                     self.kill(f"killed: it answered no probe for {stuck_s:g} s")
+            except Hangs:
+                self._set(False, loop.time())
+                self.reason = "killed: the code of a model hangs"
+                self._changed()
+                await child.stop(GRACE_S)  # its other models answer what they have
+                return
             if memory and child.pid and (used := _resident(child.pid)) > memory:
                 self.kill(f"killed: it used {used >> 20} MiB, more than its limit of {memory >> 20} MiB")
             self._set(up, loop.time())
@@ -197,6 +212,8 @@ class Replica:
     async def _probe(self) -> bool:
         """Its own word every time; real calls through the data plane before it is believed the first time."""
         if await probe.http(self.address("admin"), "GET", "/readyz", PROBE_TIMEOUT_S) != 200:
+            if self._ready_since and await probe.http(self.address("admin"), "GET", "/livez", PROBE_TIMEOUT_S) != 200:
+                raise Hangs
             return False
         if self.ready:
             return True

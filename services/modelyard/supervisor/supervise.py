@@ -43,6 +43,8 @@ class Supervisor:
         self._failed: dict[str, Any] = state.get("failed") or {}
         self._roll = int(state.get("roll", 0))
         self._saved: dict[str, Any] = {}
+        self._ready: set[str] = set()
+        self._spreading: set[asyncio.Task[None]] = set()
 
     async def start(self, public: Mapping[str, socket.socket]) -> None:
         for kind, sock in public.items():
@@ -135,9 +137,22 @@ class Supervisor:
             self.candidate = self._begin(want)
         self._judge()
         self.draining = [roll for roll in self.draining if roll.leaving]
+        self._spread()
         if self.serving is not None:
             self.shipper.use(self.serving.want.template)
         self._save()
+
+    def _spread(self) -> None:
+        """When a replica joins others that serve, their connections are shared out anew."""
+        ready = {replica.address("admin"): replica for replica in self._choices()}
+        joined = ready.keys() - self._ready
+        if joined and self._ready & ready.keys():
+            for address in self._ready & ready.keys():
+                if ready[address].connections > 1:
+                    task = asyncio.get_running_loop().create_task(ready[address].spread())
+                    self._spreading.add(task)
+                    task.add_done_callback(self._spreading.discard)
+        self._ready = set(ready)
 
     def _judge(self) -> None:
         """A candidate that is ready takes over; one that will not be is given up, and the old one serves on."""

@@ -11,6 +11,7 @@ import signal
 import socket
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -165,6 +166,27 @@ async def test_memory_over_the_limit_ends_a_replica_with_that_reason(bench: Benc
     assert ended.failed == "", "it was good, and is started again"
     log = b"".join([part async for part in bench.target.logs("default", "iris", 50)]).decode()
     assert "more than its limit of 300 MiB" in log
+
+
+async def test_a_model_that_hangs_is_started_anew_with_that_reason(bench: Bench) -> None:
+    hangs = "import time\n\ndef run(data):\n    while data['data'] == ['hang']:\n        time.sleep(1)\n    return 1\n"
+    seen = await bench.serve(score=hangs, limits={"timeout_ms": 200}, env={"MODELYARD_STUCK_S": "0.5"})
+    with pytest.raises(urllib.error.HTTPError) as late:
+        await asked(seen, "hang")
+    assert late.value.code == 504
+    seen = await bench.until(lambda o: sum(r.restarts for r in o.replicas) == 1 and o.ready == 1)
+    assert await asked(seen) == 1
+    log = b"".join([part async for part in bench.target.logs("default", "iris", 50)]).decode()
+    assert "the code of a model hangs" in log
+
+
+async def test_scoring_code_that_ends_the_process_is_started_anew(bench: Bench) -> None:
+    exits = "import os\n\ndef run(data):\n    os._exit(7) if data['data'] else None\n    return 1\n"
+    seen = await bench.serve(score=exits)
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        await asked(seen, "now")
+    seen = await bench.until(lambda o: sum(r.restarts for r in o.replicas) == 1 and o.ready == 1)
+    assert await asked(seen) == 1
 
 
 # -- environment and secrets ------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from modelyard import AsyncClient, Client
+from modelyard import AsyncClient, AsyncScoringClient, Client
 from modelyard.client.capture import AsyncCapture
 from modelyard.client.dead import AsyncDeadLetters
 from modelyard.client.deployments import AsyncDeployments
@@ -20,7 +20,7 @@ BUILD = [
 ]
 WATCH = [
     AsyncCapture.read, AsyncCapture.verify, AsyncClient.telemetry, AsyncClient.events, AsyncDeadLetters.list,
-    AsyncDeployments.scale,
+    AsyncDeployments.scale, AsyncScoringClient.infer, AsyncScoringClient.infer_many,
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from modelyard import AsyncClient, Client
+from modelyard import AsyncClient, AsyncScoringClient, Client, ScoringClient
 from modelyard.client import sync
 from modelyard.client.capture import AsyncCapture, moment
 from modelyard.client.dead import AsyncDeadLetters
@@ -22,6 +22,7 @@ PAIRS = [
     (sync.Client, AsyncClient, {"http"}), (sync.Models, AsyncModels, set()), (sync.Model, AsyncModel, set()),
     (sync.Images, AsyncImages, {"settled"}), (sync.Image, AsyncImage, set()),
     (sync.Deployments, AsyncDeployments, {"settled", "close"}), (sync.Deployment, AsyncDeployment, set()),
+    (ScoringClient, AsyncScoringClient, {"declared", "encoder", "headers", "many", "open"}),
     (sync.Capture, AsyncCapture, set()), (sync.DeadLetters, AsyncDeadLetters, set()),
 ]
 

@@ -132,3 +132,27 @@ async def test_what_can_be_changed(yard: Yard) -> None:
     assert (await yard.call("PATCH", path, {"properties": {"p": "2"}})).status == 422
     assert (await yard.call("PATCH", path, {"score": "sha256:" + "0" * 64})).status == 422
     assert (await yard.call("PATCH", path, {"description": "x"}, if_match='"1"')).status == 412
+
+
+async def test_trees_without_a_scoring_file(yard: Yard) -> None:
+    pickle = b"\x80\x04N."
+    unsafe = await yard.register("unsafe", pickle, framework="xgboost", filename="model.joblib")
+    deep = await yard.register("deep", b"1", framework="pytorch", filename="model.pt")
+    told = await refused(yard, name="trees", models=[unsafe, deep])
+    assert "Booster.save_model" in told["models.0"] and "lightgbm and xgboost" in told["models.1"]
+
+
+def test_what_trees_need() -> None:
+    from modelyard.image_builder import parts
+    from modelyard.image_builder.model import ModelInput
+
+    def needs(framework: str, filename: str) -> tuple[set[str], str]:
+        place = parts.Place.of(ModelInput(name="m", version=1, artifact="sha256:0", framework=framework,
+                                          filename=filename, trusted=True), False)
+        return parts.NEEDS[place.kind], parts.PINS[place.kind].format("3.2")
+
+    assert needs("lightgbm", "model.txt") == ({"lightgbm"}, "lightgbm>=3.2")
+    assert needs("xgboost", "model.ubj") == ({"xgboost-cpu"}, "xgboost-cpu>=3.2")
+    assert needs("xgboost", "model.pkl") == ({"xgboost-cpu", "scikit-learn"}, "xgboost-cpu==3.2")
+    assert parts.once(["xgboost-cpu", "xgboost-cpu>=3", "XGBoost==3.2", "numpy"]) == {"XGBoost==3.2", "numpy"}
+    assert parts.once(["xgboost-cpu>=3", "numpy"]) == {"xgboost-cpu>=3", "numpy"}

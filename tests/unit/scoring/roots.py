@@ -126,16 +126,17 @@ def launch(
     deployment: str = "flower",
     image: str = "iris-scorer:7",
     capture: Mapping[str, Any] | None = None,
+    arguments: Sequence[str] = (),
 ) -> Iterator[Replica]:
     """A replica; killed at the end if it still runs."""
     ports = [f"127.0.0.1:{port}" for port in free_ports(3)]
     log = root.parent / "replica.log"
-    arguments = ["serve", "--grpc", ports[0], "--http", ports[1], "--admin", ports[2]]
+    given = ["serve", "--grpc", ports[0], "--http", ports[1], "--admin", ports[2], *arguments]
     if spool is not None:
-        arguments += ["--spool", str(spool)]
+        given += ["--spool", str(spool)]
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [*command(root), *arguments],
+            [*command(root), *given],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,

@@ -126,6 +126,57 @@ async def test_what_user_code_throws_ends_one_call(
         assert await score(plane, 2) == 2
 
 
+@pytest.mark.parametrize("kind", ["def", "async def"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "raise Odd()",  # an exception that cannot be told
+        "raise ValueError('\\ud800')",  # a message that is no text
+        "raise GeneratorExit()",
+        "import asyncio; raise asyncio.CancelledError()",
+        "return Odd()",
+        "return Liar()",
+    ],
+)
+async def test_whatever_user_code_does_ends_one_call(tmp_path: Path, kind: str, statement: str) -> None:
+    code = (
+        "class Odd(Exception):\n    def __str__(self):\n        raise RuntimeError('never')\n    __repr__ = __str__\n"
+        "class Liar:\n    def __getattr__(self, name):\n        raise KeyboardInterrupt(name)\n"
+        f"{kind} run(data):\n    if data == 1:\n        {statement}\n    return data\n"
+    )
+    from tests.unit.scoring.planes import grpc_call, score_call
+
+    async with open_plane(tmp_path, code) as plane:
+        for bad in (score_call(1), grpc_call("flower", embedded(b"1"))):
+            answers = await plane.handle([score_call(2), bad, score_call(3)])
+            assert [a.status for a in answers] == ["OK", "INTERNAL", "OK"]
+            assert [answers[0].body, answers[2].body] == [b"2", b"3"]
+
+
+async def test_output_of_user_code_goes_to_the_log_and_nowhere_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = (
+        "import os, sys\ndef run(data):\n    print('printed')\n    os.write(1, b'written ')\n"
+        "    sys.stderr.write('to stderr')\n    return data\n"
+    )
+    async with open_plane(tmp_path, code) as plane:
+        assert await score(plane, 1) == 1
+    out, err = capfd.readouterr()
+    assert "printed" in out and "written " in out and "to stderr" in err
+
+
+async def test_a_background_task_that_exits_does_not_end_the_model(tmp_path: Path) -> None:
+    code = (
+        "import asyncio, sys\nasync def leave():\n    sys.exit('gone')\n"
+        "async def run(data):\n    if data == 1:\n        asyncio.get_running_loop().create_task(leave())\n"
+        "        await asyncio.sleep(0.01)\n    return data\n"
+    )
+    async with open_plane(tmp_path, code, timeout_ms=20_000) as plane:
+        for data in (1, 2, 1, 3):
+            assert await score(plane, data) == data
+
+
 async def test_async_runs_overlap(tmp_path: Path) -> None:
     code = (
         "import asyncio\nn = most = 0\nasync def run(data):\n    global n, most\n    n += 1\n"

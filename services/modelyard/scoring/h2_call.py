@@ -1,0 +1,139 @@
+"""One gRPC call as an HTTP/2 stream of h2corn's: its messages in, its messages and its status out."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
+
+from ..core.errors import ModelyardError
+from . import grpc_wire as wire
+from .grpc_wire import Frames, Packed, Refused
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+APART_BYTES = 65_536
+"""Compressed messages over this are inflated in a thread."""
+CONTENT: Headers = [(b"content-type", b"application/grpc"), (b"grpc-accept-encoding", wire.ENCODINGS)]
+START = {"type": "http.response.start", "status": 200, "headers": CONTENT, "trailers": True}
+CUT = "the call ends in the middle of a message"
+
+
+class Gone(Exception):
+    """The caller went away while its request was being read."""
+
+
+class H2Call:
+    """Messages come out of ``message`` or ``bunches``; ``send`` may be called before ``finish``, which comes last."""
+
+    __slots__ = ("_ended", "_frames", "_limit", "_receive", "_send", "_started", "_window", "deadline", "headers")
+
+    def __init__(self, scope: dict[str, Any], receive: Receive, send: Send, limit: int) -> None:
+        headers = self.headers = dict(scope["headers"])
+        self._receive, self._send, self._limit = receive, send, limit
+        self._started = self._ended = False
+        self._window = 0
+        self.deadline = math.inf
+        timeout = headers.get(b"grpc-timeout")
+        if timeout is not None:
+            self.deadline = time.monotonic() + wire.timeout_s(timeout)
+        encoding = headers.get(b"grpc-encoding")
+        if encoding is not None and encoding != b"identity":
+            self._window = wire.WINDOWS.get(encoding, 0)
+            if not self._window:
+                raise Refused(wire.UNIMPLEMENTED, f"grpc-encoding '{encoding.decode(errors='replace')}' is not "
+                                                  f"supported here; use one of {wire.ENCODINGS.decode()}")
+        self._frames = Frames(limit, self._window > 0)
+
+    def text(self, key: bytes) -> str | None:
+        """A header's value."""
+        value = self.headers.get(key)
+        return None if value is None else value.decode("latin-1")
+
+    async def message(self) -> bytes:
+        """The one message of a unary call. Raises Refused, TooLarge, Gone."""
+        receive, frames = self._receive, self._frames
+        found: bytes | None = None
+        more = True
+        while more:
+            event = await receive()
+            if event["type"] != "http.request":
+                raise Gone
+            body, more = event.get("body"), event.get("more_body", False)
+            if not body:
+                continue
+            if found is None and not body[0] and int.from_bytes(body[1:5], "big") == len(body) - 5 <= self._limit \
+                    and not frames.partial:
+                found = body[5:]
+                continue
+            for message in frames.feed(body):
+                if found is not None:
+                    raise Refused(wire.UNIMPLEMENTED, "a unary call has one message, not more")
+                found = await self._plain(message)
+        if frames.partial or found is None:
+            raise Refused(wire.INTERNAL, CUT if frames.partial else "a unary call has one message, and none came")
+        return found
+
+    async def bunches(self) -> AsyncIterator[list[bytes]]:
+        """What arrived together, in order, until the caller has sent all. Raises Refused, TooLarge, Gone."""
+        receive, frames = self._receive, self._frames
+        while not self._ended:
+            event = await receive()
+            if event["type"] != "http.request":
+                raise Gone
+            body = event.get("body")
+            self._ended = not event.get("more_body")
+            if body and (found := frames.feed(body)):
+                if self._window:
+                    found = [await self._plain(message) for message in found]
+                yield found
+        if frames.partial:
+            raise Refused(wire.INTERNAL, CUT)
+
+    async def _plain(self, message: bytes) -> bytes:
+        if type(message) is not Packed:
+            return message
+        if len(message) < APART_BYTES:
+            return wire.inflate(message, self._window, self._limit)
+        return await asyncio.to_thread(wire.inflate, message, self._window, self._limit)
+
+    async def send(self, messages: Iterable[bytes]) -> None:
+        """Messages, as one write. Waits while the caller does not read. Raises OSError when the caller went away."""
+        if not self._started:
+            self._started = True
+            await self._send(START)
+        await self._send({"type": "http.response.body", "body": b"".join(map(wire.frame, messages)), "more_body": True})
+
+    async def finish(self, status: bytes = wire.OK, message: str = "", pairs: wire.Pairs = ()) -> None:
+        """The status and our metadata; alone when nothing was sent. What the caller still sends is not read."""
+        last: Headers = [(b"grpc-status", status), *wire.metadata(pairs)]
+        if message:
+            last.append((b"grpc-message", wire.percent(message)))
+        if self._started:
+            await self._send({"type": "http.response.body", "body": b""})
+            await self._send({"type": "http.response.trailers", "headers": last})
+        else:
+            await alone(self._send, last)
+
+    async def answer(self, message: bytes, pairs: wire.Pairs = ()) -> None:
+        """The message of a unary call and status OK."""
+        send = self._send
+        await send(START)
+        await send({"type": "http.response.body", "body": wire.frame(message)})
+        await send({"type": "http.response.trailers", "headers": [(b"grpc-status", wire.OK), *wire.metadata(pairs)]})
+
+    async def fail(self, error: ModelyardError, pairs: wire.Pairs = ()) -> None:
+        """An error of ours as status, message and details."""
+        status, message = wire.failure(error)
+        await self.finish(status, message, [*pairs, (wire.DETAILS, wire.details(error))])
+
+
+async def alone(send: Send, headers: Headers, status: int = 200) -> None:
+    """A response of headers only."""
+    await send({"type": "http.response.start", "status": status,
+                "headers": [*CONTENT, *headers] if status == 200 else headers})
+    await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,151 @@
+"""Servers on one core, each with one model: ours on both transports, the echo, the peers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.benchmarks.peers import processes
+from tests.benchmarks.peers.install import NotHere, install, one_line
+from tests.benchmarks.peers.models import Model
+from tests.benchmarks.peers.peer import Peer
+from tests.benchmarks.peers.wires import Wire, Wrong, over_grpc, over_rest
+from tests.unit.scoring.roots import SERVICES, command, free_ports, make_root
+
+ROOT = Path(__file__).parents[3]
+START_S = 60.0
+SPOOL_BYTES = 16 << 30
+QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1",
+         "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass
+class Server:
+    """``started``: the processes; ``wires``: how it may be asked. ``admin`` and ``spool``: ours only."""
+
+    label: str
+    started: list[subprocess.Popen[bytes]]
+    wires: dict[str, Wire]
+    log: Path
+    began: float = field(default_factory=time.monotonic)
+    admin: str = ""
+    spool: Path | None = None
+    first_s: float = 0.0
+    """From the start to the first right answer."""
+
+    @property
+    def pids(self) -> list[int]:
+        return [pid for process in self.started for pid in processes.tree(process.pid)]
+
+    def wait(self, seconds: float = START_S) -> None:
+        """Until the first right answer. Raises NotHere."""
+        wire = self.wires.get("grpc") or self.wires["rest"]
+        host, _, port = wire.address.rpartition(":")
+        last = "it does not listen"
+        while time.monotonic() < self.began + seconds:
+            if any(process.poll() is not None for process in self.started):
+                raise NotHere(f"it ended: {self.last_words()}")
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 0.5):
+                try:
+                    wire.check()
+                    self.first_s = time.monotonic() - self.began
+                    return
+                except (OSError, Wrong, ValueError, KeyError) as exc:
+                    last = one_line(str(exc))
+            time.sleep(0.01)
+        raise NotHere(f"no right answer within {seconds:.0f} s: {last}")
+
+    def last_words(self) -> str:
+        return one_line(self.log.read_text(errors="replace")) if self.log.exists() else "it says nothing"
+
+    def stop(self) -> None:
+        for process in self.started:
+            processes.end(process)
+
+    def clear_spool(self) -> None:
+        """Closed segments away, as a shipper would take them."""
+        for path in sorted(self.spool.iterdir())[:-1] if self.spool else ():
+            path.unlink(missing_ok=True)
+
+    def counted(self) -> tuple[int, int]:
+        """(calls answered, calls recorded) so far, as our own server counts them."""
+        with urllib.request.urlopen(f"http://{self.admin}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        calls = [line for line in lines if line.startswith("modelyard_scoring_calls_total") and 'model=""' not in line]
+        recorded = [line for line in lines if line.startswith("modelyard_scoring_capture{") and '"recorded"' in line]
+        return _sum(calls), _sum(recorded)
+
+
+def ours(model: Model, folder: Path, transport: str, *, capture: bool = False, replicas: int = 1,
+         cores: str = processes.SERVER) -> Server:
+    """Our scoring server as the local target starts it; several replicas on one inherited socket."""
+    root = make_root(folder, None, [{"name": model.name, "version": 1, "file": model.file, "trusted": True,
+                                     "framework": model.framework}])
+    started, fds, address = [], [], ""
+    admin = http = ""
+    if replicas > 1:
+        shared = socket.create_server(("127.0.0.1", 0), backlog=4096)
+        os.set_inheritable(shared.fileno(), True)
+        fds, address = [shared.fileno()], f"127.0.0.1:{shared.getsockname()[1]}"
+    spool = folder / "spool" if capture else None
+    for n in range(replicas):
+        grpc, http, admin = (f"127.0.0.1:{port}" for port in free_ports(3))
+        address = address or grpc
+        told = ["serve", "--grpc", f"fd://{fds[0]}" if fds else grpc, "--http", http, "--admin", admin,
+                "--transport", transport, *(["--spool", str(spool)] if spool else [])]
+        env = {**_env(), "MODELYARD_DEPLOYMENT": "flower", "MODELYARD_IMAGE": "iris-scorer:7",
+               "MODELYARD_REPLICA": str(n), "MODELYARD_CAPTURE": json.dumps({"enabled": capture}),
+               "MODELYARD_SPOOL_BYTES": str(SPOOL_BYTES)}
+        started.append(processes.start([*command(root), *told], env, folder / "log", cores, fds))
+    if fds:
+        shared.close()
+    wires = {"grpc": over_grpc(address, model), "rest": over_rest(http, model)}
+    return Server(f"modelyard {transport}", started, wires, folder / "log", admin=admin, spool=spool)
+
+
+def echo(model: Model, folder: Path, transport: str) -> Server:
+    """The floor of one of our transports."""
+    (port,) = free_ports(1)
+    env = {**_env(), "PYTHONPATH": f"{SERVICES}:{ROOT}"}
+    process = processes.start([sys.executable, "-m", "tests.benchmarks.peers.echo", transport, str(port)], env,
+                              folder / "log")
+    return Server(f"echo {transport}", [process], {"grpc": over_grpc(f"127.0.0.1:{port}", model)}, folder / "log")
+
+
+def other(peer: Peer, model: Model, folder: Path) -> Server:
+    """A peer, installed when it is not. Raises NotHere."""
+    python = install(peer)
+    grpc, http = free_ports(2)
+    name = peer.name
+    env = {**_env(), "PYTHONPATH": str(ROOT), **peer.env}
+    process = processes.start([str(python), "-m", f"tests.benchmarks.peers.{name}", model.name, str(model.file),
+                               str(grpc), str(http), str(folder)], env, folder / "log")
+    wires = {"grpc": over_grpc(f"127.0.0.1:{grpc}", model)} if peer.grpc else {}
+    wires["rest"] = over_rest(f"127.0.0.1:{http}", model, peer.rest, peer.rows_in)
+    return Server(peer.label, [process], wires, folder / "log")
+
+
+def _sum(lines: Sequence[str]) -> int:
+    return sum(int(float(line.rpartition(" ")[2])) for line in lines)
+
+
+def _env() -> Mapping[str, str]:
+    return {**QUIET, "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder of this name."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
