@@ -95,7 +95,8 @@ def test_a_compressed_message_needs_an_encoding_that_is_known(served: Served, he
         assert works(served, client)
 
 
-@pytest.mark.parametrize("header, flag, body", [(GZIP, 1, gzip.compress(ask())), (GZIP, 0, ask()), (PLAIN, 0, ask())])
+@pytest.mark.parametrize("header, flag, body", [(GZIP, 1, gzip.compress(ask())), (GZIP, 0, ask()), (PLAIN, 0, ask())],
+                         ids=["compressed", "not this one", "none"])  # bytes of gzip hold the time: no name for a test
 def test_each_message_says_whether_it_is_compressed(served: Served, header: tuple[str, str], flag: int,
                                                     body: bytes) -> None:
     with RawClient(served.address) as client:
