@@ -65,7 +65,7 @@ def test_kernel_is_frozen() -> None:
 
 
 def test_the_project_explains_itself() -> None:
-    tops = [top for top in ROOT.iterdir() if top.name not in {".git", ".venv", ".stack"}]
+    tops = [top for top in ROOT.iterdir() if top.name not in {".git", ".venv", ".stack", ".hypothesis"}]
     texts = [p for top in tops for p in (top, *top.rglob("*")) if p.is_file()
              and p.suffix in {".py", ".md", ".toml", ".yml", ".yaml", ".txt", ".json", ".proto", ""}
              and "__pycache__" not in p.parts and not any(part.endswith("_cache") for part in p.parts)]
