@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -28,5 +29,8 @@ if __name__ == "__main__":
     if os.environ.get("PYTHONHASHSEED") != "0":  # sets of text are walked alike in every run
         os.execve(sys.executable, [sys.executable, "-m", "tests.simulator", *sys.argv[1:]],
                   {**os.environ, "PYTHONHASHSEED": "0"})
-    numbers = [int(arg) for arg in sys.argv[1:]]
-    sys.exit(main(numbers[0], numbers[1] if len(numbers) > 1 else numbers[0] + 1))
+    told = argparse.ArgumentParser("python -m tests.simulator", description="Plays seeds; ends with 1 if one went wrong.")
+    told.add_argument("first", type=int, help="the first seed; alone, its trace is shown")
+    told.add_argument("end", type=int, nargs="?", help="the seed behind the last")
+    asked = told.parse_args()
+    sys.exit(main(asked.first, asked.first + 1 if asked.end is None else asked.end))

@@ -118,7 +118,7 @@ class MemoryImages(_Plain, ImageStore):
 
     async def put_manifest(self, repo: str, tag: str, manifest: bytes, media_type: str) -> str:
         found, place = parts(manifest), (repo_of(repo), tag_of(tag))
-        here = self.shed.blobs.keys() | {digest for of, digest in self.shed.manifests if of == repo}  # an index has these
+        here = self.shed.blobs.keys() | {digest for of, digest in self.shed.manifests if of == repo}  # of an index
         if missing := [part["digest"] for part in found if part["digest"] not in here]:
             raise Invalid(f"blobs of this manifest are not here, put it first: {', '.join(missing)}")
         digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
