@@ -29,7 +29,7 @@ if __name__ == "__main__":
     if os.environ.get("PYTHONHASHSEED") != "0":  # sets of text are walked alike in every run
         os.execve(sys.executable, [sys.executable, "-m", "tests.simulator", *sys.argv[1:]],
                   {**os.environ, "PYTHONHASHSEED": "0"})
-    told = argparse.ArgumentParser("python -m tests.simulator", description="Plays seeds; ends with 1 if one went wrong.")
+    told = argparse.ArgumentParser("python -m tests.simulator", description="Plays seeds; 1 if one went wrong.")
     told.add_argument("first", type=int, help="the first seed; alone, its trace is shown")
     told.add_argument("end", type=int, nargs="?", help="the seed behind the last")
     asked = told.parse_args()
