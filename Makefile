@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 UV     := $(VENV)/bin/uv
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test test-fast test-faults stack stack-down bench lint proto constraints clean
+.PHONY: help demo test test-fast test-faults stack stack-down bench bench-peers lint proto constraints clean
 TEST_RUN := $(CURDIR)/.stack/test
 STACK    := MODELYARD_TEST_RUN=$(TEST_RUN) $(PY) -m infra.stack
 WITH_STACK := $(STACK) stop >/dev/null; rm -rf $(TEST_RUN); $(STACK) start --available; trap '$(STACK) stop' EXIT; \
@@ -51,6 +51,15 @@ stack-down:                  ## stops exactly what make stack started
 
 bench: $(VENV)/.test         ## the benchmarks; prints figures, judges nothing
 	@for b in tests/benchmarks/*.py; do echo "== $$b"; $(PY) $$b || exit 1; done
+
+PEERS ?=
+ROWS ?=
+TRANSPORTS ?=
+SECONDS ?= 2
+ROUNDS ?= 3
+bench-peers: $(VENV)/.test   ## our scoring server beside its peers, in ratios; PEERS=kserve,mlserver ROWS=lr,rf SECONDS=1
+	@$(PY) -m tests.benchmarks.peers.run --peers "$(PEERS)" --rows "$(ROWS)" --transports "$(TRANSPORTS)" \
+	  --seconds $(SECONDS) --rounds $(ROUNDS)
 
 lint: $(VENV)/.test          ## ruff, mypy, the floors, generated code is up to date
 	@$(VENV)/bin/ruff check services tests demo infra

@@ -30,7 +30,8 @@ def root(
 ONE = '{"data": [[5.1, 3.5, 1.4, 0.2]]}'
 command(app, "serve", "modelyard serve\nmodelyard serve registry --port 8701")(serve.serve)
 command(app, "deploy", "modelyard deploy ./iris --name iris\nmodelyard deploy model.onnx --name digits")(deploy.deploy)
-command(app, "score", f"modelyard score iris --data '{ONE}'\nmodelyard score iris --data @rows.json --protocol grpc")(
+command(app, "score", f"modelyard score iris --data '{ONE}'\nmodelyard score iris --data @rows.json --protocol grpc\n"
+        "modelyard score iris --lines calls.jsonl")(
     score.score)
 app.add_typer(models.app, name="models")
 app.add_typer(images.app, name="images")

@@ -45,7 +45,8 @@ class Route:
     addresses in turn."""
 
     addresses: Sequence[str]
-    tls: Tls | None
+    credentials: grpc.ChannelCredentials | None
+    server_name: str = ""
 
     def address(self, number: int) -> str:
         """Where connection ``number`` goes."""
@@ -53,30 +54,33 @@ class Route:
 
     def open(self, number: int) -> grpc.aio.Channel:
         """For the running event loop."""
-        if self.tls is None:
+        if self.credentials is None:
             return grpc.aio.insecure_channel(self.address(number), options=self._options())
-        return grpc.aio.secure_channel(self.address(number), self.tls.credentials(), options=self._options())
+        return grpc.aio.secure_channel(self.address(number), self.credentials, options=self._options())
 
     def open_blocking(self, number: int) -> grpc.Channel:
         """For threads that wait."""
-        if self.tls is None:
+        if self.credentials is None:
             return grpc.insecure_channel(self.address(number), options=self._options())
-        return grpc.secure_channel(self.address(number), self.tls.credentials(), options=self._options())
+        return grpc.secure_channel(self.address(number), self.credentials, options=self._options())
 
     def _options(self) -> list[tuple[str, Any]]:
         options: list[tuple[str, Any]] = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-        if self.tls is not None and self.tls.server_name:
-            options.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        if self.server_name:
+            options.append(("grpc.ssl_target_name_override", self.server_name))
         return options
 
 
 def route(address: str | Sequence[str], tls: Tls | bool | None) -> Route:
-    """Raises Invalid for no address, or one with a scheme (``http://…``)."""
+    """Reads the TLS files. Raises Invalid for no address, or one with a scheme (``http://…``), and for the files."""
     addresses = (address,) if isinstance(address, str) else tuple(address)
     for given in addresses or ("",):
         if not given or "://" in given:
             raise Invalid(f"'{given}' is not a gRPC address; write host:port or unix:PATH", field="address")
-    return Route(addresses, Tls() if tls is True else tls or None)
+    if not tls:
+        return Route(addresses, None)
+    files = Tls() if tls is True else tls
+    return Route(addresses, files.credentials(), files.server_name)
 
 
 def metadata(*given: Mapping[str, str] | None, request_id: str = "") -> Metadata:

@@ -14,6 +14,7 @@ B = TypeVar("B")
 R = TypeVar("R")
 P = ParamSpec("P")
 F = TypeVar("F", bound="Face[Any]")
+M = TypeVar("M", bound=Callable[..., Any])
 
 
 class Portal:
@@ -146,3 +147,13 @@ def yields(method: Callable[Concatenate[A, P], AsyncIterator[R]]) -> Callable[Co
         return self._portal.iterate(method(self._inner, *args, **kwargs))
 
     return call
+
+
+def told_as(method: Callable[..., Any]) -> Callable[[M], M]:
+    """For a blocking side that is written by hand: the documentation of its async one."""
+
+    def tell(own: M) -> M:
+        own.__doc__ = method.__doc__
+        return own
+
+    return tell

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, Self
 import grpc
 
 from .channels import Tls
-from .faces import Face, Portal, blocks
+from .faces import Face, Portal, blocks, told_as
 from .inference import IN_FLIGHT, AsyncScoringClient
 from .inputs import Inputs, Outputs, read_unary
 from .many import Declared, OnError, Result, seconds
@@ -43,7 +42,7 @@ class ScoringClient(Face[AsyncScoringClient]):
         self._methods: list[Any] = []
         self._turn = itertools.count()
 
-    @functools.wraps(AsyncScoringClient.infer)
+    @told_as(AsyncScoringClient.infer)
     def infer(
         self, inputs: Inputs, *, outputs: Sequence[str] = (), request_id: str = "",
         metadata: Mapping[str, str] | None = None, timeout_s: float | None = None,
@@ -60,7 +59,7 @@ class ScoringClient(Face[AsyncScoringClient]):
             raise error_from(exc.code(), exc.details() or "", inner.route.address(number)) from exc
         return read_unary(answer)
 
-    @functools.wraps(AsyncScoringClient.infer_many)
+    @told_as(AsyncScoringClient.infer_many)
     def infer_many(
         self, items: Iterable[Inputs], *, outputs: Sequence[str] = (), in_flight: int = IN_FLIGHT,
         on_error: OnError = "raise", repeat: bool = False, request_id: str = "",

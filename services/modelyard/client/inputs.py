@@ -7,6 +7,7 @@ fixed-size types share the answer's bytes and are read-only.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,13 @@ from ..core.errors import Invalid, ModelyardError
 from ..core.inference import Inference, read_response, read_tensors, write_request
 from ..core.tensors import Tensor, to_raw, varint
 from ..wire import inference_pb2 as pb
-from .oip import error_from, to_tensors
+from .oip import error_from, holds_json, to_tensors
 
 Inputs = Any
 """``{name: array}``, one array, rows (nested lists), a pandas frame, or JSON text."""
 Outputs = dict[str, "np.ndarray[Any, Any]"]
-"""The outputs by name. BYTES outputs are object arrays of ``bytes``."""
+"""The outputs by name. BYTES outputs are object arrays of ``bytes``; of those that the server marks as JSON, of what
+the JSON holds."""
 ID, RAW_CONTENTS = b"\x1a", b"\x3a"
 """Tags of ModelInferRequest's ``id`` and ``raw_input_contents``."""
 STREAMED_ERROR = b"\x0a"
@@ -82,7 +84,7 @@ def _described(tensors: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
 
 def read_unary(answer: bytes) -> Outputs:
     """A ModelInferResponse's bytes → arrays. Raises Invalid for bytes that are none."""
-    return {tensor.name: tensor.array for tensor in read_response(answer).tensors}
+    return _arrays(read_response(answer).tensors)
 
 
 def read_streamed(answer: bytes, address: str) -> Outputs:
@@ -91,8 +93,18 @@ def read_streamed(answer: bytes, address: str) -> Outputs:
     if message.error_message:
         raise streamed_error(message.error_message, address)
     response = message.infer_response
-    return {t.name: t.array for t in read_tensors(response.outputs, response.raw_output_contents,
-                                                  "raw_output_contents")}
+    return _arrays(read_tensors(response.outputs, response.raw_output_contents, "raw_output_contents"))
+
+
+def _arrays(tensors: Sequence[Tensor]) -> Outputs:
+    return {t.name: _values(t) if t.parameters and holds_json(t) else t.array for t in tensors}
+
+
+def _values(tensor: Tensor) -> np.ndarray[Any, Any]:
+    values = np.empty(tensor.array.size, object)
+    for place, text in enumerate(tensor.array.ravel().tolist()):
+        values[place] = json.loads(text)
+    return values.reshape(tensor.array.shape)
 
 
 def failure_in(answer: bytes, address: str) -> ModelyardError | None:

@@ -61,61 +61,25 @@ class Many:
 
     async def over(self, items: Iterable[Inputs] | AsyncIterable[Inputs], open_: Opened,
                    declared: Callable[[Inputs], Awaitable[Declared]]) -> AsyncIterator[Result]:
-        """The async face. An async iterable is read by a task of its own: no result waits for the next item."""
-        told, room = asyncio.Event(), asyncio.Event()
-        window: deque[Slot] = deque()
+        """The async face. The items are taken by a task of their own: no result waits for the next item."""
         joiner = Joiner(self.encoder, self.join_rows, self.request_id)
-        pipeline = open_(self.plan, told.set)
-
-        async def put(slot: Slot) -> None:
-            window.append(slot)
-            if slot.done:
-                told.set()
-            else:
-                pipeline.submit(slot)
-            while len(window) >= self.plan.in_flight:
-                room.clear()
-                await room.wait()
-
-        async def feed() -> None:
-            failure: Exception | None = None
-            try:
-                async with contextlib.aclosing(each(items)) as source:
-                    async for item in source:
-                        for slot in joiner.add(item, await declared(item)):
-                            await put(slot)
-            except Exception as exc:  # noqa: BLE001 - raised again, behind what came before it
-                failure = exc
-            for slot in joiner.rest():
-                await put(slot)
-            if failure is not None:
-                raise failure
-
-        feeder = asyncio.create_task(feed())
-        feeder.add_done_callback(lambda _: told.set())
+        feed = _Feed(self.plan, joiner, open_)
+        feeder = asyncio.create_task(feed.all(items, declared))
+        feeder.add_done_callback(lambda _: feed.told.set())
         try:
             while True:
-                while window and window[0].done:
-                    slot = window.popleft()
-                    if again := joiner.apart(slot):
-                        window.extendleft(reversed(again))
-                        for one in again:
-                            pipeline.submit(one)
-                        continue
+                while (slot := feed.take()) is not None:
                     for result in self.results(slot):
                         yield result
-                room.set()
-                if not window and feeder.done():
+                if not feed.window and feeder.done():
                     break
-                told.clear()
-                if not (window and window[0].done):
-                    await told.wait()
+                await feed.wait()
             feeder.result()
-            await pipeline.close(drained=True)
+            await feed.pipeline.close(drained=True)
         finally:
             feeder.cancel()
             await asyncio.gather(feeder, return_exceptions=True)
-            await pipeline.close()
+            await feed.pipeline.close()
 
     def waited(self, items: Iterable[Inputs], portal: Portal, open_: Opened,
                declared: Callable[[Inputs], Declared]) -> Iterator[Result]:
@@ -156,6 +120,63 @@ class Many:
         finally:
             if portal.open:
                 portal.run(pipeline.close(drained))
+
+
+class _Feed:
+    """Messages under way, the oldest first, and the task that makes them."""
+
+    def __init__(self, plan: Plan, joiner: Joiner, open_: Opened) -> None:
+        self.told, self._room = asyncio.Event(), asyncio.Event()
+        self.window: deque[Slot] = deque()
+        self.pipeline = open_(plan, self.told.set)
+        self._most, self._joiner = plan.in_flight, joiner
+
+    async def all(self, items: Iterable[Inputs] | AsyncIterable[Inputs],
+                  declared: Callable[[Inputs], Awaitable[Declared]]) -> None:
+        """Raises what ``items`` raises, behind what came before it."""
+        failure: Exception | None = None
+        try:
+            async with contextlib.aclosing(each(items)) as source:
+                async for item in source:
+                    for slot in self._joiner.add(item, await declared(item)):
+                        await self._put(slot)
+        except Exception as exc:  # noqa: BLE001 - raised again below
+            failure = exc
+        for slot in self._joiner.rest():
+            await self._put(slot)
+        if failure is not None:
+            raise failure
+
+    async def _put(self, slot: Slot) -> None:
+        self.window.append(slot)
+        if slot.done:
+            self.told.set()
+        else:
+            self.pipeline.submit(slot)
+        while len(self.window) >= self._most:
+            self._room.clear()
+            await self._room.wait()
+
+    def take(self) -> Slot | None:
+        """The oldest message if it is done; a joined one that failed is sent again item by item instead."""
+        while self.window and self.window[0].done:
+            slot = self.window.popleft()
+            again = self._joiner.apart(slot)
+            if not again:
+                if len(self.window) <= self._most // 2:
+                    self._room.set()
+                return slot
+            self.window.extendleft(reversed(again))
+            for one in again:
+                self.pipeline.submit(one)
+        return None
+
+    async def wait(self) -> None:
+        """Until there may be something to take."""
+        self._room.set()
+        self.told.clear()
+        if not (self.window and self.window[0].done):
+            await self.told.wait()
 
 
 class _Source:

@@ -50,7 +50,7 @@ class Channel:
         """Rows, a dict, an array or a frame as tensors; the outputs by name, or the JSON that a lone output held."""
         tensors = to_tensors(data, await self._declared(model, timeout_s) if asks(data) else {})
         answer = await self.infer(Inference(model, tensors=tensors), timeout_s)
-        if len(answer.tensors) == 1 and _holds_json(answer.tensors[0]):
+        if len(answer.tensors) == 1 and holds_json(answer.tensors[0]):
             return json.loads(answer.tensors[0].array.reshape(-1)[0])
         return {t.name: t.array for t in answer.tensors}
 
@@ -107,7 +107,7 @@ def asks(data: Any) -> bool:
     return isinstance(data, (list, tuple, np.ndarray))
 
 
-def _holds_json(tensor: Tensor) -> bool:
+def holds_json(tensor: Tensor) -> bool:
     return tensor.datatype == "BYTES" and tensor.parameters.get("content_type") == "application/json"
 
 

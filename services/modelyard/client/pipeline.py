@@ -88,6 +88,8 @@ class Pipeline:
 
     def submit(self, slot: Slot) -> None:
         """Takes an item in. The caller keeps the bound: this never refuses."""
+        if slot.done:
+            return
         if self._lost is not None:
             self._open += 1
             self._settle(slot, error=self._lost, fatal=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,7 +9,7 @@ from .capture import AsyncCapture
 from .client import AsyncClient
 from .dead import AsyncDeadLetters
 from .deployments import AsyncDeployment, AsyncDeployments
-from .faces import Face, Portal, again, blocks, gives, lists, yields
+from .faces import Face, Portal, again, blocks, gives, lists, told_as, yields
 from .fields import DeploymentFields, ImageFields, ModelFields, Reference
 from .images import AsyncImage, AsyncImages
 from .models import AsyncModel, AsyncModels
@@ -91,7 +90,7 @@ class Deployment(DeploymentFields, Face[AsyncDeployment]):
     wait = again(AsyncDeployment.wait)
     score = blocks(AsyncDeployment.score)
 
-    @functools.wraps(AsyncDeployment.client)
+    @told_as(AsyncDeployment.client)
     def client(self, **options: Any) -> ScoringClient:
         from .inference_sync import ScoringClient
 

@@ -99,10 +99,14 @@ class CaptureLog:
         """The header that calls are sampled by, for ``Call.key``; ""."""
         return self._sampler.header if self.enabled else ""
 
+    @property
+    def keyed(self) -> bool:
+        """``expect`` wants to hear of each call that is admitted."""
+        return self.enabled and self._sampler.keyed
+
     def expect(self, prediction_id: str, call: Call) -> None:
         """This call was admitted: ``append`` will have it. Never raises."""
-        if self.enabled:
-            self._sampler.expect(prediction_id, call)
+        self._sampler.expect(prediction_id, call)
 
     def append(self, calls: Sequence[Finished]) -> None:
         """Records these calls, or counts why not; with one write, and durable against the death of the process

@@ -46,6 +46,8 @@ class Log(Protocol):
     @property
     def sampling_header(self) -> str: ...
     @property
+    def keyed(self) -> bool: ...
+    @property
     def totals(self) -> Mapping[str, int]: ...
     def expect(self, prediction_id: str, call: Call) -> None: ...
     def append(self, calls: Sequence[Finished]) -> None: ...
@@ -75,9 +77,10 @@ class DataPlane(Plane):
         self._stuck_s = max(float(os.environ.get("MODELYARD_STUCK_S") or STUCK_S), 2 * limits.timeout_ms / 1000)
         self.metrics.gauge("modelyard_scoring_queue", "Calls waiting for their model.", "model",
                            lambda: {lane.name: lane.waiting for lane in self._lanes})
+        self._keyed = log if log is not None and log.keyed else None
         if log is not None:
-            self.metrics.gauge("modelyard_scoring_capture", "Calls recorded, calls not recorded by reason, calls held "
-                               "for want of room, rows collected and lost; since the start.", "what",
+            self.metrics.gauge("modelyard_scoring_capture", "Calls recorded, not recorded by reason, and held for want "
+                               "of room; rows collected and lost.", "what",
                                lambda: {**log.totals, "held": self._held_in_all})
 
     async def load(self, image: Image, image_version: str = "") -> None:
@@ -203,8 +206,8 @@ class DataPlane(Plane):
         job.deadline = min(call.deadline, now + limits.timeout_ms / 1000)
         if now >= job.deadline:
             job.outcome = Outcome(late())
-        if self._log is not None:
-            self._log.expect(job.prediction_id, call)
+        if self._keyed is not None:
+            self._keyed.expect(job.prediction_id, call)
         if job.outcome is None:
             lane.submit(job)
 
@@ -249,6 +252,7 @@ class DataPlane(Plane):
         """Answers jobs that have an outcome: first capture, then the reply."""
         ticks = time.perf_counter_ns()
         finished = [self._answer(job, ticks - job.arrived) for job in jobs]
+        self.metrics.finished(finished)
         if self._log is not None:
             self._log.append(finished)
         self.metrics.in_flight -= len(jobs)
@@ -267,7 +271,6 @@ class DataPlane(Plane):
             body, body_type = call.codec.write_error(call, error)
         job.answer = Answer(body, body_type, status, call.request_id, job.prediction_id, served.model, error)
         queue_ns = job.queue_ns if job.queue_ns >= 0 else latency_ns
-        self.metrics.finished(served.model, call.protocol, status, latency_ns, queue_ns)
         return Finished(job.prediction_id, call.request_id, served.model, call.protocol, call.method, status,
                         job.started_ns, latency_ns, queue_ns, call.body, call.body_type, body, body_type, call.trace_id)
 

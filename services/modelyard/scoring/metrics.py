@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, groupby
+from operator import attrgetter
 from typing import Any
+
+from .tally import Finished
 
 EDGES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SHORT_S = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, *EDGES_S)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
+OUTCOME = attrgetter("model", "protocol", "status")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -29,6 +33,14 @@ class Histogram:
             counts = self._models[model] = [0] * (len(self._labels) + 1)
         counts[bisect_left(self._edges, value)] += 1
         counts[-1] += value
+
+    def observe_all(self, model: str, values: Sequence[int]) -> None:
+        """At least one."""
+        self.observe(model, values[0])
+        counts, edges = self._models[model], self._edges
+        for value in values[1:]:
+            counts[bisect_left(edges, value)] += 1
+        counts[-1] += sum(values) - values[0]
 
     def family(self) -> Any:
         from prometheus_client.core import HistogramMetricFamily
@@ -54,11 +66,13 @@ class Metrics:
         self._sizes = Histogram("modelyard_scoring_batch_calls", "Calls that one prediction answered.", SIZES)
         self._gauges: dict[str, tuple[str, Callable[[], Mapping[str, float]], str]] = {}
 
-    def finished(self, model: str, protocol: str, status: str, latency_ns: int, queue_ns: int) -> None:
-        """One admitted call ended."""
-        self._calls[model, protocol, status] += 1
-        self._latency.observe(model, latency_ns)
-        self._queue.observe(model, queue_ns)
+    def finished(self, calls: Sequence[Finished]) -> None:
+        """These admitted calls ended together."""
+        for outcome, same in groupby(calls, OUTCOME):
+            group = list(same)
+            self._calls[outcome] += len(group)
+            self._latency.observe_all(outcome[0], [call.latency_ns for call in group])
+            self._queue.observe_all(outcome[0], [call.queue_ns for call in group])
 
     def batch(self, model: str, calls: int, model_ns: int) -> None:
         """One batch ended, of this many calls."""

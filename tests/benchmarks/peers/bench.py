@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tests.benchmarks.peers import install, load, models, processes, servers
 from tests.benchmarks.peers.install import NotHere, one_line
@@ -15,6 +16,7 @@ from tests.benchmarks.peers.models import Model
 from tests.benchmarks.peers.servers import Server
 from tests.benchmarks.peers.wires import Wrong
 
+TRANSPORTS = ("h2", "grpc")
 WARM_S = 0.3
 
 
@@ -50,24 +52,24 @@ class Bench:
     def __post_init__(self) -> None:
         self.models = models.make(servers.fresh(self.folder / "models"))
 
-    def ours(self, model: Model, tag: str = "", **how: object) -> list[Server]:
+    def ours(self, model: Model, tag: str = "", only: Iterable[str] = TRANSPORTS, **how: Any) -> list[Server]:
         """Our server on each transport. ``tag`` tells those apart that differ in ``how``."""
         return self._present(self._server(
-            f"modelyard {t} {model.name}{tag}", lambda place, t=t: servers.ours(model, place, t, **how))  # type: ignore
-            for t in self.transports)
+            f"modelyard {t} {model.name}{tag}", lambda place, t=t: servers.ours(model, place, t, **how))
+            for t in self.transports if t in only)
 
     def echoes(self, model: Model) -> list[Server]:
         """The floor of each transport, given that model's request."""
         back = replace(model, answer=model.rows)
         return self._present(self._server(
-            f"echo {t} {model.name}", lambda place, t=t: servers.echo(back, place, t))  # type: ignore
+            f"echo {t} {model.name}", lambda place, t=t: servers.echo(back, place, t))
             for t in self.transports)
 
     def others(self, model: Model, only: Iterable[str] = install.NAMES) -> list[Server]:
         """The peers of these names that can serve the model."""
         found = [install.find(name) for name in only if name in self.peers and name not in self.left_out]
         return self._present(self._server(
-            f"{peer.name} {model.name}", lambda place, peer=peer: servers.other(peer, model, place), peer.name)  # type: ignore
+            f"{peer.name} {model.name}", lambda place, peer=peer: servers.other(peer, model, place), peer.name)
             for peer in found if model.name in peer.models)
 
     def _present(self, found: Iterable[Server | None]) -> list[Server]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from tests.benchmarks.peers.peer import Order, Peer, load
 
-PEER = Peer("kserve", "0.21.0", ("kserve==0.21.0",), grpc=True,
-            how="its log line for each call is switched off; one worker, on uvloop")
+PEER = Peer("kserve", "0.21.0", ("kserve==0.21.0",), grpc=True, env={"KSERVE_LOGLEVEL": "WARNING"},
+            how="its log lines and warnings for each call are switched off; one worker, on uvloop")
 
 
 def main() -> None:
     import logging
 
     from kserve import InferOutput, InferResponse, Model, ModelServer
+    from kserve.logging import configure_logging
     from kserve.utils.utils import generate_uuid
 
     order = Order.read()
@@ -32,8 +33,8 @@ def main() -> None:
     model = Scored()
     server = ModelServer(http_port=order.http, grpc_port=order.grpc, workers=1, enable_grpc=True,
                          enable_latency_logging=False)
-    for name in ("kserve", "uvicorn.access", "kserve.trace"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    configure_logging()  # it does so but once
+    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     server.start([model])
 
 

@@ -47,13 +47,14 @@ def cpu_s(pids: Sequence[int]) -> float:
     return total / TICK
 
 
-def pss_mib(pids: Sequence[int]) -> float:
-    """Memory, with what several share divided among them."""
-    total = 0
+def memory_mib(pids: Sequence[int]) -> tuple[float, float]:
+    """(PSS, RSS): what several processes share divided among them, or counted for each."""
+    pss = rss = 0
     for pid in pids:
         with contextlib.suppress(OSError):
-            total += int(Path(f"/proc/{pid}/smaps_rollup").read_text().split("Pss:")[1].split()[0])
-    return total / 1024
+            said = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            pss, rss = (n + int(said.split(name)[1].split()[0]) for n, name in ((pss, "Pss:"), (rss, "Rss:")))
+    return pss / 1024, rss / 1024
 
 
 def machine_s() -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -17,11 +18,9 @@ from pathlib import Path
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from tests.benchmarks.peers import install, processes
-from tests.benchmarks.peers.bench import Bench
+from tests.benchmarks.peers.bench import TRANSPORTS, Bench
 from tests.benchmarks.peers.install import NotHere
 from tests.benchmarks.peers.rows import ROWS
-
-TRANSPORTS = ("h2", "grpc")
 
 
 def main() -> int:
@@ -39,6 +38,7 @@ def main() -> int:
             return 0
         print(f"\n{platform.machine()}, {len(processes.CORES)} cores, Python {platform.python_version()}; "
               f"{asked.rounds} rounds of {asked.seconds:g} s a server, medians.", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what runs is ended then, too
         os.sched_setaffinity(0, {processes.CORES[-1]})
         try:
             for name in asked.rows:

@@ -197,6 +197,18 @@ def test_deploy_score_capture(live: Yard, tmp_path: Path) -> None:
     assert live.cli("deployments", "log", "doubler", "--tail", "5").stdout
     windows = json.loads(live.cli("telemetry", "doubler", "-o", "json").stdout)
     assert sum(w["requests"] for w in windows) == 2
+    lines = tmp_path / "calls.jsonl"
+    lines.write_text('{"data": [1]}\n\n[2, 2.5]\n')
+    done = live.cli("score", "doubler", "--lines", str(lines))
+    assert done.stdout == '{"output-0": [[2]]}\n{"output-0": [[4.0, 5.0]]}\n'
+    lines.write_text('{"data": [1]}\n{"data": 7}\n[3]\n')
+    partly = live.cli("score", "doubler", "--lines", str(lines), check=False)
+    assert partly.returncode == 1 and "1 of 3 lines" in partly.stderr
+    answers = [json.loads(line) for line in partly.stdout.splitlines()]
+    assert [set(answer) for answer in answers] == [{"output-0"}, {"error"}, {"output-0"}]
+    lines.write_text("[1]\nno json\n")
+    broken = live.cli("score", "doubler", "--lines", str(lines), check=False)
+    assert broken.returncode == 1 and "line 2 is not JSON" in broken.stderr and len(broken.stdout.splitlines()) == 1
     assert live.cli("deployments", "delete", "doubler").stdout == "doubler is gone\n"
     live.cli("images", "delete", "doubler:1")
     live.cli("models", "delete", "doubler:1")

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow  # real programs are started and stopped
     ["models", "list", "--output", "xml"], ["models", "list", "--limit", "0"], ["models", "tag", "x:1", "novalue"],
     ["deployments", "create", "x"], ["deployments", "update", "x"], ["deployments", "scale", "x", "0"],
     ["deployments", "scale", "x", "two"], ["score", "x", "--data", "{"], ["score", "x", "--data", "@/nowhere"],
+    ["score", "x"], ["score", "x", "--data", "1", "--lines", "-"],
     ["apply", "-f", "/nowhere"], ["capture", "export", "x", "--to", "x.txt"], ["serve", "nonsense"],
     ["serve", "--port", "70000"],
 ])

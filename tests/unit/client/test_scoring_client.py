@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from modelyard import AsyncScoringClient, ScoringClient
+from modelyard.client import Tls
 from modelyard.core.errors import Invalid, ModelyardError, NotFound, Unavailable
 from modelyard.core.tensors import DATATYPES
+from tests.contract.test_transport_life import certificates
 from tests.unit.client.servers import ran, serving
-from tests.unit.scoring.roots import Replica, free_ports
+from tests.unit.scoring.roots import Replica, free_ports, launch, make_root
 
 
 @pytest.fixture(scope="module", params=["h2", "grpc"])
@@ -66,6 +68,14 @@ def test_every_datatype_goes_and_comes_back(scorer: ScoringClient) -> None:
     same(sent, scorer.infer(sent))
     for got in scorer.infer_many([sent] * 3):
         same(sent, got)
+
+
+def test_json_comes_as_what_it_holds(tmp_path: Path) -> None:
+    root = make_root(tmp_path, "def run(data):\n    return {'got': data}\n")
+    with launch(root, deployment="free") as server, ScoringClient(server.grpc, model="free") as client:
+        for given in ('{"any": ["thing", null]}', b'{"any": ["thing", null]}'):
+            answers = [client.infer(given), *client.infer_many([given])]
+            assert [a["output-0"].tolist() for a in answers] == [[{"got": {"any": ["thing", None]}}]] * 2  # type: ignore[index]
 
 
 def test_what_the_model_says_and_what_is_asked_for(scorer: ScoringClient) -> None:
@@ -220,11 +230,13 @@ async def test_cancelling_leaves_nothing(server: Replica) -> None:
                     pass
 
         task = asyncio.create_task(use())
-        await asyncio.sleep(0.3)
+        await asyncio.to_thread(wait_until, lambda: in_flight(server) > 0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert asyncio.all_tasks() - {task} == before
+        async with asyncio.timeout(20):
+            while asyncio.all_tasks() != before:  # grpcio's own tasks end when they hear of it
+                await asyncio.sleep(0.01)
         await asyncio.to_thread(wait_until, lambda: in_flight(server) == 0)
 
 
@@ -282,3 +294,21 @@ def test_options_that_cannot_be(scorer: ScoringClient) -> None:
     for given in ({"in_flight": 0}, {"on_error": "ignore"}, {"timeout_s": -1}, {"metadata": {"k": "é"}}):
         with pytest.raises(Invalid):
             scorer.infer_many([], **given)  # type: ignore[arg-type]
+
+
+def test_over_tls_with_a_certificate_of_its_own(tmp_path: Path) -> None:
+    files = certificates(tmp_path)
+    arguments = ("--tls-cert", str(files["server.crt"]), "--tls-key", str(files["server.key"]),
+                 "--tls-client-ca", str(files["ca.crt"]))
+    with serving(tmp_path, "h2", *arguments) as server:
+        known = Tls(files["ca.crt"], files["client.crt"], files["client.key"], server_name="localhost")
+        with ScoringClient(server.grpc, model="echo", tls=known) as client:
+            assert values([client.infer(next(numbers(1)))]) == [0]
+            assert values(client.infer_many(numbers(50))) == list(range(50))
+        stranger = Tls(files["ca.crt"], files["stranger.crt"], files["stranger.key"])
+        for tls in (stranger, Tls(files["ca.crt"]), None):
+            with ScoringClient(server.grpc, model="echo", tls=tls) as client, pytest.raises(Unavailable):
+                client.infer(next(numbers(1)), timeout_s=3)
+    for wrong in (Tls(tmp_path / "absent"), Tls(cert=files["client.crt"])):
+        with pytest.raises(Invalid, match="TLS"):
+            ScoringClient("127.0.0.1:1", model="echo", tls=wrong)
