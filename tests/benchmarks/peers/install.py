@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.benchmarks.peers.peer import Peer
+from tests.unit.scoring.roots import SERVICES
 
+ROOT = SERVICES.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelyard-bench"
 NAMES = ("kserve", "mlserver", "mlflow", "bentoml", "litserve", "pytriton")
 SAME = ("scikit-learn", "onnxruntime", "joblib")
@@ -33,18 +35,34 @@ def find(name: str) -> Peer:
 
 def install(peer: Peer) -> Path:
     """The Python of the peer's environment, made when it is not there. Raises NotHere."""
-    wanted = [*peer.packages, *(f"{name}=={importlib.metadata.version(name)}" for name in SAME)]
-    digest = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()[:8]
-    home = CACHE / f"{peer.name}-{peer.version}-{digest}"
+    return _environment(peer.name, peer.version, [*peer.packages, *_models()])
+
+
+def scoring() -> Path:
+    """The same for our scoring server: what an image has and no more, for a library that finds another one imports it.
+    Raises NotHere."""
+    packages = (SERVICES / "modelyard" / "scoring" / "requirements.txt").read_text().splitlines()
+    return _environment("modelyard", "here", [*packages, *_models()], (ROOT / "constraints.txt").read_text())
+
+
+def _models() -> list[str]:
+    return [f"{name}=={importlib.metadata.version(name)}" for name in SAME]
+
+
+def _environment(name: str, version: str, wanted: Sequence[str], constraints: str = "") -> Path:
+    digest = hashlib.sha256("\n".join([sys.version, *wanted, constraints]).encode()).hexdigest()[:8]
+    home = CACHE / f"{name}-{version}-{digest}"
     python, done = home / "bin" / "python", home / ".installed"
     CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / f"{peer.name}.lock").open("w") as lock:
+    with (CACHE / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            print(f"installing {peer.label} into {home} …", flush=True)
+            print(f"installing {name} {version} into {home} …", flush=True)
             shutil.rmtree(home, ignore_errors=True)
             _uv("venv", "--quiet", "--python", getattr(sys, "_base_executable", sys.executable), str(home))
-            _uv("pip", "install", "--quiet", "--python", str(python), *wanted)
+            kept = home / "constraints.txt"
+            kept.write_text(constraints)
+            _uv("pip", "install", "--quiet", "--python", str(python), "--constraint", str(kept), *wanted)
             done.write_text("\n".join(wanted) + "\n")
     return python
 
@@ -57,7 +75,7 @@ def _uv(*arguments: str) -> None:
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise NotHere(f"uv {arguments[0]}: {exc}") from exc
     if ran.returncode:
-        raise NotHere(f"uv {arguments[0]}: {one_line(ran.stderr)}")
+        raise NotHere(f"uv {arguments[0]}: {' '.join(ran.stderr.split())[:300]}")
 
 
 def one_line(text: str, length: int = 160) -> str:

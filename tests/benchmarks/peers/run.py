@@ -27,6 +27,7 @@ def main() -> int:
     asked = _arguments()
     try:
         install.h2load()
+        install.scoring()
     except NotHere as exc:
         print(exc)
         return 1

@@ -15,14 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.benchmarks.peers import processes
-from tests.benchmarks.peers.install import NotHere, install, one_line
+from tests.benchmarks.peers import install, processes
+from tests.benchmarks.peers.install import ROOT, NotHere, one_line
 from tests.benchmarks.peers.models import Model
 from tests.benchmarks.peers.peer import Peer
 from tests.benchmarks.peers.wires import Wire, Wrong, over_grpc, over_rest
 from tests.unit.scoring.roots import SERVICES, command, free_ports, make_root
 
-ROOT = Path(__file__).parents[3]
 START_S = 60.0
 KNOCK_S, ASK_S = 0.005, 0.05
 """A server that does not listen yet is asked often, which costs it nothing; one that loads its model seldom, for it
@@ -93,9 +92,11 @@ class Server:
 
 def ours(model: Model, folder: Path, transport: str, *, capture: bool = False, replicas: int = 1,
          cores: str = processes.SERVER) -> Server:
-    """Our scoring server as the local target starts it; several replicas on one inherited socket."""
+    """Our scoring server as the local target starts it; several replicas on one inherited socket. Raises NotHere."""
     root = make_root(folder, None, [{"name": model.name, "version": 1, "file": model.file, "trusted": True,
                                      "framework": model.framework}])
+    packages, here = install.scoring().parent.parent / "lib", next((folder / "opt" / "env").rglob("here.pth"))
+    here.write_text(f"{next(packages.glob('*/site-packages'))}\n")
     started, fds, address = [], [], ""
     admin = http = ""
     if replicas > 1:
@@ -129,7 +130,7 @@ def echo(model: Model, folder: Path, transport: str) -> Server:
 
 def other(peer: Peer, model: Model, folder: Path) -> Server:
     """A peer, installed when it is not. Raises NotHere."""
-    python = install(peer)
+    python = install.install(peer)
     grpc, http = free_ports(2)
     name = peer.name
     env = {**_env(), "PYTHONPATH": str(ROOT), **peer.env}

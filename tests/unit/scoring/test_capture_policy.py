@@ -192,6 +192,46 @@ async def test_messages_of_a_stream_are_written_by_the_batch(tmp_path: Path, mon
     assert [f.request for f in records] == bodies, "message by message"
 
 
+async def test_the_header_is_found_on_every_transport(tmp_path: Path) -> None:
+    import aiohttp
+    import grpc
+
+    from modelyard.scoring.transport_grpc import GrpcTransport
+    from modelyard.scoring.transport_h2 import H2Transport
+    from modelyard.scoring.transport_rest import RestTransport
+
+    chosen: dict[str, list[int]] = {}
+    async with planned(tmp_path, sampling=0.5, sampling_key="header:x-customer") as (plane, log):
+        served = {t: made(f"unix:{tmp_path}/{t}", plane)
+                  for t, made in (("h2", H2Transport), ("grpc", GrpcTransport), ("rest", RestTransport))}
+        body = score_call({"customer": 1}).body
+        wire = grpc_call("flower", Tensor("customer", np.array([1])), Tensor("age", np.array([2]))).body
+
+        async def call(transport: str, header: str) -> None:
+            if transport == "rest":
+                async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(f"{tmp_path}/rest")) as http, \
+                        http.post("http://localhost/score", data=body, headers={"X-Customer": header}) as answer:
+                    assert answer.status == 200
+                return
+            async with grpc.aio.insecure_channel(f"unix:{tmp_path}/{transport}") as channel:
+                ask = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+                await ask(wire, metadata=(("x-customer", header),))
+
+        for transport in served.values():
+            await transport.start()
+        try:
+            for name in served:
+                for customer in range(24):
+                    before = log.totals["recorded"]
+                    await call(name, f"c{customer}")
+                    if log.totals["recorded"] > before:
+                        chosen.setdefault(name, []).append(customer)
+        finally:
+            for transport in served.values():
+                await transport.stop(2)
+    assert chosen["h2"] == chosen["grpc"] == chosen["rest"] and 4 <= len(chosen["h2"]) <= 20
+
+
 async def test_a_sync_that_fails_is_a_write_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fdatasync, fails = os.fdatasync, [False]
 
