@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from infra.stack import debian
 from modelyard.ports.images import ImageStore
@@ -24,14 +26,15 @@ NEEDS = handmade.SERVICES / "modelyard/scoring/requirements.txt"
 LEFT_OUT = re.compile(r"/tests?/|\.pyi$|^modelyard/(cli|registry|deployer|image_builder|telemetry)/|^\.\./")
 
 
-def distributions(names: list[str]) -> dict[str, metadata.Distribution]:
+def distributions(needs: list[str]) -> dict[str, metadata.Distribution]:
     """These and all that they need, as this Python has them."""
     found: dict[str, metadata.Distribution] = {}
-    while names:
-        name = re.split(r"[^A-Za-z0-9_.-]", names.pop())[0].lower().replace("_", "-")
-        if name not in found:
+    while needs:
+        need = Requirement(needs.pop())
+        name = canonicalize_name(need.name)
+        if name not in found and (need.marker is None or need.marker.evaluate({"extra": ""})):
             found[name] = metadata.distribution(name)
-            names += [need for need in found[name].requires or () if not re.search(r"extra ==|python_version <", need)]
+            needs += found[name].requires or ()
     return found
 
 
@@ -40,7 +43,7 @@ def environment() -> bytes:
     """The layer of dependencies and of our own package, with what Python compiled of them."""
     python = f"opt/env/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
     files: dict[str, Path] = {}
-    for one in distributions(NEEDS.read_text().split()).values():
+    for one in distributions(NEEDS.read_text().splitlines()).values():
         files |= {f"{python}/{path}": Path(str(path.locate())) for path in one.files or ()
                   if not LEFT_OUT.search(str(path))}
     ours = handmade.SERVICES / "modelyard"
