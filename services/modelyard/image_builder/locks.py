@@ -41,9 +41,10 @@ class Lock:
         return "sha256:" + key(self.text)
 
     def missing(self, needed: Sequence[str]) -> list[str]:
-        """Which of these requirements no pin is for."""
+        """Which of these requirements no pin is for. One with a marker is of use where it can be had: the server does
+        without it, so a lock of before it is as good as it was."""
         have = {p.name for p in self.pins}
-        return sorted({n for n in map(package, needed) if n not in have})
+        return sorted({package(need) for need in needed if Requirement(need).marker is None} - have)
 
 
 def package(text: str) -> str:

@@ -87,6 +87,7 @@ async def test_the_lock_is_shown(yard: Yard) -> None:
     doc = await yard.over((await yard.post(name="locked", lock=await yard.upload(text.encode()), models=[
         await yard.register("iris")], score=await yard.upload(b"def run(d): return d")))["id"])
     assert doc["phase"] == "failed" and "which the scoring server needs" in doc["reason"]
+    assert "grpcio" in doc["reason"] and "h2corn" not in doc["reason"], "a lock of before it is as good as it was"
     good = await yard.small()
     assert (await yard.call("GET", f"/v1/images/{good['id']}/lock")).raw == b""
 
