@@ -36,7 +36,7 @@ LEASE = timedelta(seconds=15)
 RENEW_S = 4.0
 RAW_LIMIT = 8 * 1024 * 1024
 ANSWER_LIMIT = 1024 * 1024
-KEEP_HEADERS = ("Content-Type", "Content-Location", "ETag", "Location", "Retry-After")
+KEEP_HEADERS = ("Content-Type", "Content-Location", "ETag", "Location")
 _KEY = re.compile(r"^[\x21-\x7e]{1,255}$")
 
 
@@ -159,14 +159,20 @@ async def _outcome(call: Call, handle: Callable[[], Awaitable[web.StreamResponse
 
 
 def _answered(record: Request, response: web.StreamResponse, now: datetime) -> Request:
-    """With the answer; or lapsed at once where it must not or cannot be kept, so that a retry runs again."""
-    body = response.body if isinstance(response, web.Response) else None
-    if response.status >= 500 or response.prepared or not isinstance(body, bytes | bytearray | None) \
-            or not isinstance(response, web.Response) or len(body or b"") > ANSWER_LIMIT:
+    """With the answer; or lapsed at once where it must not or cannot be kept, so that a retry runs again. An answer
+    that says when to come again is none yet."""
+    if response.status >= 500 or "Retry-After" in response.headers or not _keepable(response):
         return record.evolve(until=now)
+    body = response.body if isinstance(response, web.Response) else None
+    assert isinstance(body, bytes | bytearray | None)
     headers = {name: response.headers[name] for name in KEEP_HEADERS if name in response.headers}
     return record.evolve(status=response.status, headers=headers, body=base64.b64encode(body or b"").decode(),
                          updated=now)
+
+
+def _keepable(response: web.StreamResponse) -> bool:
+    return isinstance(response, web.Response) and not response.prepared \
+        and isinstance(response.body, bytes | bytearray | None) and len(response.body or b"") <= ANSWER_LIMIT
 
 
 async def _store(ctx: Context, record: Request) -> Request:

@@ -88,7 +88,7 @@ def answer(exc: ModelyardError, request_id: str = "") -> web.Response:
     headers: dict[str, str] = {}
     if body["status"] == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="modelyard"'
-    if body["status"] == 503 or exc.code == "in-flight":
+    if body["status"] == 503 or "retry_after" in exc.detail:
         headers["Retry-After"] = str(max(1, round(float(exc.detail.get("retry_after", 1)))))
     if body["status"] == 405 and "allow" in exc.detail:
         headers["Allow"] = ", ".join(body.pop("allow"))

@@ -83,7 +83,8 @@ async def kept(ctx: Context, workspace: str, digest: str) -> Artifact | None:
 
 
 def _going(digest: str) -> Conflict:
-    return Conflict(f"{digest} is being removed just now; upload it again in a moment", code="being-removed")
+    return Conflict(f"{digest} is being removed just now; upload it again in a moment", code="being-removed",
+                    retry_after=1)
 
 
 async def _changed(ctx: Context, doc: Artifact, fn: Change[Artifact]) -> Artifact | None:

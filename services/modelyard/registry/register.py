@@ -125,4 +125,5 @@ async def _still_there(ctx: Context, doc: Model) -> None:
     await ctx.change(Model, doc.id, lambda d: (d.evolve(deleted=True, marks=(), made_by=None),
                                                (Fact("model.deleted"),)), workspace=doc.workspace)
     await settle(ctx, doc.workspace, doc.name)
-    raise Conflict(f"{doc.artifact} was being removed; upload it again, then register", code="being-removed")
+    raise Conflict(f"{doc.artifact} was being removed; upload it again, then register", code="being-removed",
+                   retry_after=1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from modelyard.core.errors import Invalid, Unavailable
+from modelyard.core.errors import Conflict, Invalid, Unavailable
 from modelyard.kernel import idempotency
 from modelyard.kernel.idempotency import Request
 from modelyard.kernel.loop import run_loop
@@ -48,6 +48,15 @@ async def test_refusals_are_answers_too(tmp_path: Path) -> None:
         again = await post(here, {"name": "x"})
         assert first[0] == again[0] == 422 and first[2]["errors"] == again[2]["errors"] and here.soil.runs == 1
         assert again[1]["content-type"] == "application/problem+json"
+
+
+async def test_come_again_is_no_answer_yet(tmp_path: Path) -> None:
+    """What passes in a moment would otherwise be told to every retry for a day."""
+    async with yard(tmp_path) as here:
+        here.soil.fail = [Conflict("it is being removed just now", code="being-removed", retry_after=1)]
+        first = await post(here, {"name": "rose"})
+        assert (first[0], first[2]["code"], first[1]["retry-after"]) == (409, "being-removed", "1")
+        assert (await post(here, {"name": "rose"}))[0] == 201 and here.soil.runs == 2
 
 
 async def test_another_request_under_the_key(tmp_path: Path) -> None:
