@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ class Guarded(TyperGroup):
             explain(exc)
             raise typer.Exit(1) from exc
         except KeyboardInterrupt:
+            warnings.simplefilter("ignore")  # what was made and not begun yet is no news to who interrupts
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             hush()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,9 +20,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def connect() -> Iterator[Client]:
-    """A client to ``--url`` or ``MODELYARD_URL``."""
-    from ..client import Client
+    """A client to ``--url`` or ``MODELYARD_URL``; Ctrl-C ends what it waits for, wherever it falls."""
+    from ..client import Client, faces
 
+    def interrupt(number: int, frame: Any) -> None:
+        faces.INTERRUPTED.set()
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     with Client() as yard:
         yield yard
 

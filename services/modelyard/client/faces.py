@@ -6,7 +6,7 @@ import asyncio
 import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 A = TypeVar("A")
@@ -15,6 +15,12 @@ R = TypeVar("R")
 P = ParamSpec("P")
 F = TypeVar("F", bound="Face[Any]")
 M = TypeVar("M", bound=Callable[..., Any])
+
+
+INTERRUPTED = threading.Event()
+"""Set by a program's handler of Ctrl-C that also raises KeyboardInterrupt: Python swallows that where it falls into a
+weak reference's callback or a ``__del__``, and whoever waits here would wait for ever."""
+LOOK_S = 0.5
 
 
 class Portal:
@@ -41,8 +47,13 @@ class Portal:
             raise RuntimeError("the blocking client cannot be called from its own callbacks; use AsyncClient")
         future: Future[R] = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
+            while not wait((future,), LOOK_S).done:
+                if INTERRUPTED.is_set():
+                    raise KeyboardInterrupt
             return future.result()
-        except BaseException:
+        except BaseException as exc:
+            if isinstance(exc, KeyboardInterrupt):
+                INTERRUPTED.clear()
             future.cancel()
             raise
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from modelyard import AsyncClient, AsyncScoringClient, Client, ScoringClient
-from modelyard.client import sync
+from modelyard.client import faces, sync
 from modelyard.client.capture import AsyncCapture, moment
 from modelyard.client.dead import AsyncDeadLetters
 from modelyard.client.deployments import AsyncDeployment, AsyncDeployments
@@ -52,6 +52,25 @@ def test_a_bad_url_leaves_no_thread() -> None:
     with pytest.raises(Invalid):
         Client("nonsense")
     assert not set(threading.enumerate()) - before  # one of before may have ended
+
+
+def test_an_interrupt_that_was_swallowed_ends_the_wait() -> None:
+    """Python drops a KeyboardInterrupt that falls into a weak reference's callback; the handler has noted it."""
+    portal, ended = Portal(), threading.Event()
+
+    async def endless() -> None:
+        try:
+            faces.INTERRUPTED.set()
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            portal.run(endless())
+        assert ended.wait(5) and not faces.INTERRUPTED.is_set(), "cancelled over there, and told once"
+    finally:
+        portal.close()
 
 
 def test_an_interrupt_before_the_wait_began_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
