@@ -56,8 +56,9 @@ def build(
         "--model", "-m", help="iris:4, iris or iris@champion; repeat for more.",
         autocompletion=names("models"))] = None,
     score: Annotated[Path | None, typer.Option(exists=True, help="score.py, or a folder with one.")] = None,
-    requirements: Annotated[Path | None, typer.Option(
-        "--requirements", "-r", exists=True, dir_okay=False, help="A requirements file.")] = None,
+    requirements: Annotated[str | None, typer.Option(
+        "--requirements", "-r", metavar="FILE", help="requirements.txt, pyproject.toml, pyproject.toml[EXTRA] or "
+                                                     "environment.yml.")] = None,
     require: Annotated[list[str] | None, typer.Option(help="One requirement: scikit-learn==1.9.1.")] = None,
     lock: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A lock to use as it is.")] = None,
     python: Annotated[str | None, typer.Option(help="For example 3.11.")] = None,
@@ -68,13 +69,16 @@ def build(
     output: Output = Format.table,
 ) -> None:
     """Builds the next version of an image."""
-    from ..client.images import read_requirements
+    from dataclasses import replace
 
-    wanted = [*(read_requirements(requirements) or []), *(require or [])]
+    from ..client.requirements import read_requirements
+
+    needs = read_requirements(requirements)
+    needs = replace(needs, requirements=[*(needs.requirements or []), *(require or [])] or None)
     with connect() as yard, Steps() as steps:
         steps.start(f"building {name}")
         image = yard.images.build(
-            name, models=model or [], score=score, requirements=wanted or None, lock=lock, python=python,
+            name, models=model or [], score=score, requirements=needs, lock=lock, python=python,
             platform=platform, base=base, env=pairs(env, "--env"), tags=pairs(tag, "--tag"),
             properties=pairs(property, "--property"), description=description, on_progress=steps)
         if wait:
