@@ -219,7 +219,8 @@ def _above(source: tarfile.TarFile, below: dict[str, str]) -> Iterator[Entry]:
     """The members that the base lacks or has otherwise. A hard link becomes a file: what it links to may lie below."""
     for member in sorted(source.getmembers(), key=lambda m: m.name):
         name = member.name.removeprefix("./").strip("/")
-        above = next((path for path in debian.LEFT_OUT if name == path or name.startswith(f"{path}/")), "")
+        above = next((path for path in (*debian.LEFT_OUT, *debian.SOURCES)
+                      if name == path or name.startswith(f"{path}/")), "")
         if name in ("", ".") or (above and name not in debian.KEPT) or member.ischr() or member.isblk():
             continue
         if below.get(name) == _word(source, member):

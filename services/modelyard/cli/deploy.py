@@ -21,8 +21,9 @@ UNKNOWN_INPUT = '{"data": [[…]]}'
 
 
 def deploy(
-    path: Annotated[Path, typer.Argument(exists=True, help="A folder with score.py, requirements.txt and the model's "
-                                                           "files; or one .onnx, .skops or .joblib file.")],
+    path: Annotated[Path, typer.Argument(exists=True, help="A folder with score.py, requirements.txt (pyproject.toml, "
+                                                           "environment.yml) and the model's files; or one .onnx, "
+                                                           ".skops or .joblib file.")],
     name: Annotated[str, typer.Option("--name", "-n", help="The deployment's name, and the model's and image's.")],
     model: Annotated[str | None, typer.Option(help="Another name for the model.")] = None,
     image: Annotated[str | None, typer.Option(help="Another name for the image.")] = None,
@@ -39,6 +40,8 @@ def deploy(
     modelyard.model_path(NAME) is its file, or its folder if there are several files."""
     with connect() as yard, Steps() as steps:
         with found(path, trust) as parts:
+            if parts.requirements is not None and parts.unread:
+                steps.done(f"dependencies are read from {parts.requirements.name}, not from {', '.join(parts.unread)}")
             models = []
             if parts.model is not None:
                 models.append(_register(yard, steps, model or name, parts.model, trust, pairs(tag, "--tag")))

@@ -17,15 +17,19 @@ ALONE = (".onnx", ".skops", ".ubj", ".joblib", ".pkl", ".pickle")
 PICKLES = (".joblib", ".pkl", ".pickle")
 NOT_MODEL = (".py", ".md", ".rst", ".ipynb")
 REQUIREMENTS = "requirements.txt"
+DEPENDENCIES = (REQUIREMENTS, "pyproject.toml", "environment.yml", "environment.yaml")
+"""What may say what a folder needs; the first that is there does."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A model (file or folder), a scoring file (or folder with one), a requirements file; what is absent is None."""
+    """A model (file or folder), a scoring file (or folder with one), a file of dependencies; what is absent is None.
+    ``unread`` are the names of further files of dependencies."""
 
     model: Path | None
     score: Path | None = None
     requirements: Path | None = None
+    unread: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -43,10 +47,18 @@ def found(path: Path, trust: bool) -> Iterator[Found]:
             f"{', '.join(ALONE)}", field="path")
     code, rest = _sorted(path)
     with tempfile.TemporaryDirectory(prefix="modelyard-deploy-") as stage:
-        requirements = path / REQUIREMENTS
+        needs = _dependencies(path)
         yield Found(
             model=_together(path, rest, Path(stage) / "model"), score=_together(path, code, Path(stage) / "score"),
-            requirements=requirements if requirements.is_file() else None)
+            requirements=needs[0] if needs else None, unread=tuple(file.name for file in needs[1:]))
+
+
+def _dependencies(path: Path) -> list[Path]:
+    """The files of a folder that say what it needs. A ``pyproject.toml`` without a project is the settings of tools."""
+    from ..client.requirements import has_project
+
+    there = [path / name for name in DEPENDENCIES if (path / name).is_file()]
+    return [file for file in there if file.suffix != ".toml" or has_project(file)]
 
 
 def _alone(path: Path, trust: bool) -> Found:
@@ -63,7 +75,7 @@ def _alone(path: Path, trust: bool) -> Found:
 
 
 def _sorted(path: Path) -> tuple[list[Path], list[Path]]:
-    """(code, model files), relative to ``path``. Hidden files, caches, notes and requirements are neither."""
+    """(code, model files), relative to ``path``. Hidden files, caches, notes and dependencies are neither."""
     code, rest = [], []
     for folder, folders, files in os.walk(path, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
@@ -71,7 +83,9 @@ def _sorted(path: Path) -> tuple[list[Path], list[Path]]:
             file = (Path(folder) / name).relative_to(path)
             if name.endswith(".py"):
                 code.append(file)
-            elif not name.startswith(".") and name != REQUIREMENTS and not name.lower().endswith(NOT_MODEL):
+            elif name == REQUIREMENTS or str(file) in DEPENDENCIES:
+                continue
+            elif not name.startswith(".") and not name.lower().endswith(NOT_MODEL):
                 rest.append(file)
     return code, rest
 

@@ -24,7 +24,7 @@ from .options import (
     names,
     pairs,
 )
-from .show import Column, Format, Steps, document, documents
+from .show import Column, Format, Steps, document, documents, size
 
 if TYPE_CHECKING:
     from ..client import Client, Image
@@ -56,8 +56,9 @@ def build(
         "--model", "-m", help="iris:4, iris or iris@champion; repeat for more.",
         autocompletion=names("models"))] = None,
     score: Annotated[Path | None, typer.Option(exists=True, help="score.py, or a folder with one.")] = None,
-    requirements: Annotated[Path | None, typer.Option(
-        "--requirements", "-r", exists=True, dir_okay=False, help="A requirements file.")] = None,
+    requirements: Annotated[str | None, typer.Option(
+        "--requirements", "-r", metavar="FILE", help="requirements.txt, pyproject.toml, pyproject.toml[EXTRA] or "
+                                                     "environment.yml.")] = None,
     require: Annotated[list[str] | None, typer.Option(help="One requirement: scikit-learn==1.9.1.")] = None,
     lock: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A lock to use as it is.")] = None,
     python: Annotated[str | None, typer.Option(help="For example 3.11.")] = None,
@@ -68,13 +69,16 @@ def build(
     output: Output = Format.table,
 ) -> None:
     """Builds the next version of an image."""
-    from ..client.images import read_requirements
+    from dataclasses import replace
 
-    wanted = [*(read_requirements(requirements) or []), *(require or [])]
+    from ..client.requirements import read_requirements
+
+    needs = read_requirements(requirements)
+    needs = replace(needs, requirements=[*(needs.requirements or []), *(require or [])] or None)
     with connect() as yard, Steps() as steps:
         steps.start(f"building {name}")
         image = yard.images.build(
-            name, models=model or [], score=score, requirements=wanted or None, lock=lock, python=python,
+            name, models=model or [], score=score, requirements=needs, lock=lock, python=python,
             platform=platform, base=base, env=pairs(env, "--env"), tags=pairs(tag, "--tag"),
             properties=pairs(property, "--property"), description=description, on_progress=steps)
         if wait:
@@ -197,6 +201,33 @@ def verify(
     if not found.ok:
         wrong = sum(not finding.ok for finding in found.findings)
         fail(f"{found.image} is not what it says: {wrong} of {len(found.findings)} findings are wrong")
+
+
+@command(app, "base", """
+modelyard images base --debian
+modelyard images base --debian --suite trixie --package libgomp1 --to /srv/bases/trixie""")
+def base(
+    debian: Annotated[bool, typer.Option("--debian", help="Debian with its own Python, of Debian's packages.")] = False,
+    to: Annotated[Path | None, typer.Option(
+        help="The folder to make, an OCI layout; none: ./debian-SUITE.")] = None,
+    suite: Annotated[str, typer.Option(help="Debian's release, bookworm (Python 3.11) or newer.")] = "bookworm",
+    package: Annotated[list[str] | None, typer.Option(help="One more of Debian's packages; repeat for more.")] = None,
+    mirror: Annotated[str | None, typer.Option(
+        metavar="URL", help="Where the packages are; the image's apt will name it. None: where the tool finds them, "
+                            "and the image names no mirror.")] = None,
+) -> None:
+    """Makes a base on this machine, where none can be pulled, by mmdebstrap or debootstrap; prints what --base takes.
+    It needs root, or mmdebstrap and uidmap. The same packages and SOURCE_DATE_EPOCH give the same image."""
+    from .debian import Recipe, make
+
+    if not debian:
+        usage("say what of: --debian is what can be made here")
+    recipe = Recipe(suite, tuple(package or ()), mirror)
+    with Steps() as steps:
+        steps.start(f"making Debian {suite}")
+        made = make(to or Path(f"debian-{suite}"), recipe, steps.doing)
+        steps.done(f"Debian {suite} with Python {made.python}, {size(made.size)}")
+    print(made.reference)
 
 
 @command(app, "delete", "modelyard images delete iris-scorer:7")

@@ -138,10 +138,14 @@ class Steps:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def doing(self, text: str) -> None:
+        """What the step is at."""
+        self._tell(f"{self._text}: {text}")
+
     def __call__(self, progress: Progress) -> None:
         """How far the SDK is."""
         if progress.message:
-            self._tell(f"{self._text}: {progress.message}")
+            self.doing(progress.message)
         elif self._status is not None and progress.total:
             percent = 100 * progress.done // progress.total
             self._tell(f"{self._text}: {progress.stage} {percent} % of {size(progress.total)}")

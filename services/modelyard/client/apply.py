@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from ..core.documents import DIGEST, Ref
 from ..core.errors import Invalid, NotFound
 from ..core.specs import DeploymentSpec, ImageSpec, ModelSpec, Spec
-from .images import read_requirements
+from .requirements import read_requirements
 from .uploads import Artifact, OnProgress, inspect, upload
 
 if TYPE_CHECKING:
@@ -80,7 +80,12 @@ class _Apply:
                 if isinstance(body.get(key), str) and not DIGEST.match(body[key]):
                     body[key] = (await self._stored(self.root / body[key])).digest
             if isinstance(body.get("requirements"), str):
-                body["requirements"] = await asyncio.to_thread(read_requirements, self.root / body["requirements"])
+                needs = await asyncio.to_thread(read_requirements, self.root / body["requirements"])
+                body["requirements"] = needs.requirements
+                if needs.constraints:
+                    body["constraints"] = [*(body.get("constraints") or []), *needs.constraints]
+                if needs.python and body.get("python") is None:
+                    body["python"] = needs.python
         return checked(kind, body)
 
     async def _stored(self, source: Path) -> Artifact:

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.errors import BuildFailed, Invalid
+from ..core.errors import BuildFailed
 from .downloads import save
 from .fields import ImageFields, Reference, reference
 from .http import Http, Params, path
 from .models import absent_dropped, pages, pairs
+from .requirements import Needs, read_requirements
 from .uploads import OnProgress, Progress, upload
 from .verify import Verification, verify
 from .waiting import reason_of, settle
@@ -68,7 +69,7 @@ class AsyncImages:
 
     async def build(
         self, name: str, *, models: Sequence[Reference] = (), score: str | Path | None = None,
-        requirements: Sequence[str] | str | Path | None = None, lock: str | Path | None = None,
+        requirements: Sequence[str] | str | Path | Needs | None = None, lock: str | Path | None = None,
         python: str | None = None, platform: str | None = None, base: str | None = None,
         env: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None,
         properties: Mapping[str, str] | None = None, description: str | None = None,
@@ -77,18 +78,21 @@ class AsyncImages:
         """Asks for the next version of ``name`` and returns at once; ``wait`` on the answer.
 
         ``score`` is a ``score.py`` or a folder with one (absent: the models' own flavour answers).
-        ``requirements`` is a list, or the path of a requirements file; ``lock`` a lock to use as it is.
-        Raises Invalid with every problem that can be seen before building.
+        ``requirements`` is a list, or the path of a requirements file, a ``pyproject.toml`` (with extras:
+        ``pyproject.toml[gpu]``) or a conda ``environment.yml``, whose Python the image gets unless ``python`` says
+        another; ``lock`` a lock to use as it is. Raises Invalid with every problem that can be seen before building.
 
         >>> image = yard.images.build("iris-scorer", models=[model]).wait()
         >>> image.id, image.phase
         ('iris-scorer:1', 'ready')
         """
+        needs = requirements if isinstance(requirements, Needs) else await asyncio.to_thread(
+            read_requirements, requirements)
         body = absent_dropped(
             name=name, models=[reference(m) for m in models], score=await self._stored(score, on_progress),
-            requirements=await asyncio.to_thread(read_requirements, requirements),
-            lock=await self._stored(lock, on_progress), python=python, platform=platform, base=base, env=env,
-            tags=tags, properties=properties, description=description,
+            requirements=needs.requirements, constraints=needs.constraints,
+            lock=await self._stored(lock, on_progress), python=python or needs.python, platform=platform, base=base,
+            env=env, tags=tags, properties=properties, description=description,
         )
         return await self.create(body)
 
@@ -189,24 +193,3 @@ class AsyncImages:
                 f"image '{ref}' {document['phase']}: {reason_of(document)}", image=ref,
                 help=f"modelyard images log {ref}")
         return document
-
-
-def read_requirements(given: Sequence[str] | str | Path | None) -> list[str] | None:
-    """A list as it is; a file's lines without comments. Raises Invalid for options (``-r``, ``--index-url``):
-    the builder's own index is used."""
-    if given is None or not isinstance(given, (str, Path)):
-        return None if given is None else list(given)
-    try:
-        lines = Path(given).read_text(encoding="utf-8").splitlines()
-    except OSError as exc:
-        raise Invalid(f"cannot read '{given}': {exc.strerror or exc}", field="requirements") from exc
-    except UnicodeDecodeError as exc:
-        raise Invalid(f"'{given}' is not UTF-8 text", field="requirements") from exc
-    kept = [line.partition(" #")[0].strip() for line in lines]
-    kept = [line for line in kept if line and not line.startswith("#")]
-    options = [line for line in kept if line.startswith("-")]
-    if options:
-        raise Invalid(
-            f"'{given}' holds options ({', '.join(options[:3])}); only requirements can stand there",
-            field="requirements")
-    return kept

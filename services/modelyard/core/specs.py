@@ -144,6 +144,8 @@ class ImageSpec(Spec):
     models: Annotated[list[Reference], Field(max_length=64)] = Field(default_factory=list)
     score: Digest | None = None
     requirements: list[Annotated[StrictStr, Field(min_length=1, max_length=1024)]] = Field(default_factory=list)
+    constraints: list[Annotated[StrictStr, Field(min_length=1, max_length=1024)]] = Field(default_factory=list)
+    """Bounds on what the requirements bring along; they install nothing."""
     lock: Digest | None = None
     python: Annotated[StrictStr, Field(pattern=r"^3\.[0-9]{1,2}$")] | None = None
     platform: Literal["linux/amd64", "linux/arm64"] | None = None

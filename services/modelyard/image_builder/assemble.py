@@ -17,11 +17,11 @@ from typing import TypeVar
 
 from ..core.errors import BuildFailed, Invalid, NotFound, Unavailable
 from ..core.layout import image_key
+from ..core.requirements import constraint, requirement
 from ..kernel.cache import Cache
 from ..kernel.service import Context
 from . import parts, sources, store, uv
 from .bases import Base
-from .checks import requirement
 from .config import MANIFEST, about, digest_of, encode, labels, manifest, oci_config
 from .environment import Environments, told
 from .keys import signer
@@ -181,13 +181,15 @@ class Build:
     async def resolved(self) -> Lock:
         doc = self.doc
         wanted = sorted(parts.once({*self.server, *self.needs, *(requirement(r)[0] for r in doc.requirements)}))
-        name = key("resolved", wanted, doc.python_version, doc.platform, uv.index())
+        bounds = sorted({constraint(c)[0] for c in doc.constraints})
+        name = key("resolved", wanted, doc.python_version, doc.platform, uv.index(), *([bounds] if bounds else ()))
         for found in (await self.memo.get(name), await self.memo.shared(name)):
             if found and 0 <= time.time() - found["at"] < RESOLVED_S:
                 await self.log.line("requirements: the same as of a build of the last 24 hours; its lock is used")
                 return read_lock(found["lock"])[0]
-        await self.log.line(f"requirements: {', '.join(wanted)}")
-        lock = await uv.resolve(wanted, doc.python_version, doc.platform, await self.scratch.folder(), self.log)
+        await self.log.line(f"requirements: {', '.join(wanted)}"
+                            + (f"; within {', '.join(bounds)}" if bounds else ""))
+        lock = await uv.resolve(wanted, bounds, doc.python_version, doc.platform, await self.scratch.folder(), self.log)
         await self.memo.put(name, {"at": time.time(), "lock": lock.text}, shared=True)
         return lock
 

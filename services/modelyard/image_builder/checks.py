@@ -9,9 +9,6 @@ from __future__ import annotations
 import ast
 import warnings
 from collections.abc import Iterator, Sequence
-from urllib.parse import urlsplit
-
-from packaging.requirements import InvalidRequirement, Requirement
 
 from .model import ModelInput
 
@@ -23,23 +20,6 @@ PICKLED_TREES = ("is a pickle, and loading one may run code: save it with Booste
                  "trusted: true if it is yours")
 PICKLES = (".joblib", ".pkl", ".pickle")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def requirement(line: str) -> tuple[str, str]:
-    """One requirement in normal form and "", or "" and what is wrong with it."""
-    if line.startswith("-"):
-        return "", "options are not taken; give name and version: scikit-learn==1.9.1"
-    try:
-        parsed = Requirement(line)
-    except InvalidRequirement as exc:
-        return "", f"'{line}' is not a requirement: {str(exc).splitlines()[0]}"
-    if parsed.url is not None:
-        url = urlsplit(parsed.url)
-        if url.username or url.password:
-            return "", "credentials in a URL are refused; set them where the builder's index is configured"
-        if url.scheme != "https" or not url.path.endswith(".whl"):
-            return "", f"'{parsed.name}': only https URLs of wheels (.whl) are taken"
-    return str(parsed), ""
 
 
 def flavour(model: ModelInput) -> tuple[str, str]:

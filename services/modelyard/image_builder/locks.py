@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from .checks import requirement
+from ..core.requirements import logical, requirement
 from .memo import key
 
 HASH = re.compile(r"\s--hash[= ](sha256:[0-9a-f]{64})(?=\s|$)")
@@ -56,7 +56,7 @@ def read_lock(text: str) -> tuple[Lock, list[str]]:
     """The lock, and what is wrong with it, each with its line. No package at all is fine."""
     pins: dict[str, Pin] = {}
     problems: list[str] = []
-    for number, line in _logical(text):
+    for number, line in logical(text):
         pin = _pin(line)
         if isinstance(pin, str):
             problems.append(f"lock line {number}: {pin}")
@@ -65,23 +65,6 @@ def read_lock(text: str) -> tuple[Lock, list[str]]:
         else:
             pins[pin.name] = pin
     return Lock(tuple(sorted(pins.values(), key=lambda p: p.name))), problems
-
-
-def _logical(text: str) -> Iterator[tuple[int, str]]:
-    """Lines with continuations joined and comments gone, each with the number of its first line."""
-    held, first = "", 0
-    for number, line in enumerate(text.splitlines(), start=1):
-        bare = re.sub(r"(^|\s)#.*$", "", line).rstrip()
-        if not held:
-            first = number
-        if bare.endswith("\\"):
-            held += bare[:-1] + " "
-            continue
-        whole, held = (held + bare).strip(), ""
-        if whole:
-            yield first, whole
-    if held.strip():
-        yield first, held.strip()
 
 
 def _pin(line: str) -> Pin | str:

@@ -61,6 +61,7 @@ class Image(Document):
     models: list[str] = Field(default_factory=list)
     score: str | None = None
     requirements: list[str] = Field(default_factory=list)
+    constraints: list[str] = Field(default_factory=list)
     lock: str | None = None
     python: str | None = None
     """The minor version; None until the base was looked into, where the caller left it to that."""

@@ -12,7 +12,8 @@ from packaging.requirements import Requirement
 
 from ..core import archives
 from ..core.errors import BuildFailed, Invalid
-from .checks import SCORE_LIMIT, flavour, requirement, score_problems
+from ..core.requirements import requirement
+from .checks import SCORE_LIMIT, flavour, score_problems
 from .model import ModelInput
 from .sources import Source, is_archive
 from .tarring import CHUNK, END, Entry, Layer, header, opened, padding, parents, tar, write_layer

@@ -22,7 +22,7 @@ from .tarring import GZIP_LEVEL
 
 BUILD_TYPE = "urn:modelyard:image-build:v1"
 BUILDER = "urn:modelyard:image-builder"
-ASKED = ("models", "score", "requirements", "lock", "python", "platform", "base", "env")
+ASKED = ("models", "score", "requirements", "constraints", "lock", "python", "platform", "base", "env")
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..core.errors import Invalid, ModelyardError
+from ..core.requirements import constraint, requirement
 from ..core.specs import ImageSpec
 from ..kernel.service import Context
 from . import sources
 from .bases import reference
-from .checks import flavour, requirement
+from .checks import flavour
 from .model import ModelInput
 
 MACHINES = {"x86_64": "linux/amd64", "amd64": "linux/amd64", "aarch64": "linux/arm64", "arm64": "linux/arm64"}
@@ -56,11 +57,13 @@ async def resolve(ctx: Context, spec: ImageSpec, workspace: str) -> Resolved:
     if not spec.models and spec.score is None:
         wrong("models", "an image needs a model or a scoring file")
     _served(spec, models, wrong)
-    for number, line in enumerate(spec.requirements):
-        _, why = requirement(line)
-        if why:
-            wrong(f"requirements.{number}", why)
-    if spec.lock and spec.requirements:
+    for field, lines, check in (("requirements", spec.requirements, requirement),
+                                ("constraints", spec.constraints, constraint)):
+        for number, line in enumerate(lines):
+            _, why = check(line)
+            if why:
+                wrong(f"{field}.{number}", why)
+    if spec.lock and (spec.requirements or spec.constraints):
         wrong("lock", "give requirements or a lock, not both: a lock is used as it is")
     platform = spec.platform or own_platform()
     python = spec.python or (own_python() if spec.base is None else None)

@@ -50,11 +50,15 @@ def target(python: str, platform: str) -> list[str]:
             "--only-binary", ":all:"]
 
 
-async def resolve(wanted: Sequence[str], python: str, platform: str, folder: Path, log: BuildLog) -> Lock:
-    """The lock of these requirements. BuildFailed with uv's explanation when there is none."""
-    asked, answered = folder / "requirements.in", folder / "requirements.lock"
+async def resolve(
+    wanted: Sequence[str], bounds: Sequence[str], python: str, platform: str, folder: Path, log: BuildLog,
+) -> Lock:
+    """The lock of these requirements within these constraints. BuildFailed with uv's explanation when there is none."""
+    asked, answered, within = (folder / f"requirements.{end}" for end in ("in", "lock", "constraints"))
     await asyncio.to_thread(asked.write_text, "".join(f"{line}\n" for line in wanted), "utf-8")
+    await asyncio.to_thread(within.write_text, "".join(f"{line}\n" for line in bounds), "utf-8")
     await run("resolving the requirements", ["pip", "compile", asked.name, "--output-file", answered.name,
+              "--constraints", within.name,
               "--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--quiet", *QUIET,
               *target(python, platform)], folder, RESOLVE_S, log)
     lock, problems = read_lock(await asyncio.to_thread(answered.read_text, "utf-8"))

@@ -30,7 +30,7 @@ def test_wrong_usage_ends_with_2(args: list[str]) -> None:
 @pytest.mark.parametrize("args", [
     [], ["models"], ["images"], ["deployments"], ["capture"], ["events"], ["dead"], ["serve"], ["deploy"], ["score"],
     ["apply"], ["doctor"], ["config"], ["telemetry"], ["models", "register"], ["deployments", "update"],
-    ["images", "verify"], ["images", "key"], ["images", "export"], ["images", "sbom"], ["gc"],
+    ["images", "base"], ["images", "verify"], ["images", "key"], ["images", "export"], ["images", "sbom"], ["gc"],
 ])
 def test_help_is_everywhere(args: list[str]) -> None:
     done = CliRunner().invoke(app, [*args, "--help"])

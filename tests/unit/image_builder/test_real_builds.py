@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from modelyard.image_builder import uv
 from modelyard.image_builder.locks import read_lock
+from modelyard.image_builder.log import BuildLog
 
 from .conftest import SCORE, Yard, check_bill, running
 
@@ -123,6 +125,17 @@ async def test_requirements_that_nobody_offers(yard: Yard) -> None:
     spec |= {"requirements": ["numpy==2.0.0", "numpy==2.1.0"]}
     doc = await yard.over((await yard.post(**spec))["id"])
     assert doc["phase"] == "failed" and "numpy" in doc["reason"]
+
+
+async def test_constraints_bound_and_install_nothing(yard: Yard, tmp_path: Path) -> None:
+    log = BuildLog(tmp_path / "log")
+    lock = await uv.resolve(["numpy>=2"], ["numpy<2.3", "six<1"], "3.11", "linux/amd64", tmp_path, log)
+    (pin,) = lock.pins
+    assert pin.name == "numpy" and pin.text.startswith("numpy==2.2.")
+    doc = await yard.over((await yard.post(
+        name="bounded", score=await yard.upload(SCORE), constraints=["numpy<1.5"]))["id"])
+    assert doc["phase"] == "failed" and "numpy" in doc["reason"] and doc["constraints"] == ["numpy<1.5"], doc
+    assert "within numpy<1.5" in (await yard.call("GET", f"/v1/images/{doc['id']}/log")).raw.decode()
 
 
 async def test_without_an_index(yard: Yard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ async def test_all_problems_of_a_request_are_told_at_once(yard: Yard) -> None:
     told = await refused(
         yard, name="iris-scorer", models=["nobody:1"], score="sha256:" + "0" * 64, python="3.9",
         requirements=["scikit-learn==1.9.1", "not a requirement", "-r /etc/passwd", "x @ https://a:b@host/x.whl",
-                      "y @ file:///etc/y.whl", "numpy>=1"])
-    assert sorted(told) == ["models.0", "python", "requirements.1", "requirements.2", "requirements.3",
-                            "requirements.4", "score"]
+                      "y @ file:///etc/y.whl", "numpy>=1", "https://a:b@host/x.whl"],
+        constraints=["numpy<3", "pandas[parquet]<3", "-c /etc/passwd", "x @ https://host/x.whl"])
+    assert sorted(told) == ["constraints.1", "constraints.2", "constraints.3", "models.0", "python", "requirements.1",
+                            "requirements.2", "requirements.3", "requirements.4", "requirements.6", "score"]
+    assert "NAME @" in told["requirements.6"] and "a:b" not in str(told)
     assert "nobody:1" in told["models.0"] and "credentials" in told["requirements.3"]
     assert f"{sys.version_info.major}.{sys.version_info.minor}" in told["python"]
     assert (await yard.call("GET", "/v1/images")).json["items"] == []
