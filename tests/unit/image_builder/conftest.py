@@ -117,7 +117,7 @@ class Yard:
 
     async def gone(self, id: str) -> None:
         """Returns once a deleted image is a tombstone."""
-        for _ in range(400):
+        for _ in range(1600):
             if await self.images.store.get(Image, id) is None:
                 return
             await asyncio.sleep(0.025)
@@ -128,7 +128,7 @@ class Yard:
         return [envelope for _, envelope in found]
 
     async def until(self, check: Callable[[], Awaitable[bool]]) -> None:
-        for _ in range(400):
+        for _ in range(1600):
             if await check():
                 return
             await asyncio.sleep(0.025)

@@ -237,12 +237,13 @@ async def test_a_builder_that_died_is_followed_by_another(tmp_path: Path) -> Non
     """The document of a build that a dead process left, its lease lapsed: the next process finishes it, alike."""
     async with running(tmp_path / "data") as yard:
         done = await yard.small()
-    async with running(tmp_path / "data") as yard:
-        async def at_rest() -> bool:
+
+        async def at_rest() -> bool:  # what is said of it is attached as well
             doc = await yard.images.store.get(Image, "tiny:1")
             return doc is not None and doc.due is None
 
         await yard.until(at_rest)
+    async with running(tmp_path / "data") as yard:
         doc = await yard.images.store.get(Image, "tiny:1")
         left = doc.evolve(phase="building", digest=None, size=None, due=yard.images.now(),
                           lease="dead 2026-01-01T00:00:00.000000Z")
