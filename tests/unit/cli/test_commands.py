@@ -126,7 +126,8 @@ def test_events(live: Yard, weights: Path) -> None:
     assert fails(live, "events", "list", "--type", "nonsense").startswith("error: no event has the type")
     tail = subprocess.Popen(
         [sys.executable, "-m", "modelyard", "events", "tail", "--after", events[0]["cursor"], "-o", "json"],
-        env={**live.env, "MODELYARD_URL": live.url()}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        env={**live.env, "MODELYARD_URL": live.url()}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
     assert tail.stdout is not None
     live.cli("models", "tag", "told:1", "a=b")
     assert json.loads(tail.stdout.readline())["topic"] == "model.updated"
