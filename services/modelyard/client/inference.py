@@ -16,7 +16,7 @@ from .channels import Metadata, Tls, metadata, route
 from .inputs import Encoder, Inputs, Outputs, read_unary
 from .many import Declared, Many, OnError, Result, seconds
 from .oip import SERVICE, asks, error_from
-from .pipeline import Pipeline, Plan
+from .pipeline import CLOSED, Pipeline, Plan
 
 IN_FLIGHT = 128
 
@@ -166,7 +166,7 @@ class AsyncScoringClient:
 
     def _channel(self, number: int) -> grpc.aio.Channel:
         if self._closed:
-            raise RuntimeError("this client was closed")
+            raise RuntimeError(CLOSED)
         while len(self._channels) <= number:
             self._channels.append(self.route.open(len(self._channels)))
         return self._channels[number]
@@ -187,7 +187,7 @@ class AsyncScoringClient:
         """Ends what is under way with Unavailable and closes the connections. Closing twice is fine."""
         self._closed = True
         for run in tuple(self._runs):
-            run.abandon(Unavailable("this client was closed"))
+            run.abandon(Unavailable(CLOSED))
             await run.close()
         for channel in self._channels:
             await channel.close()

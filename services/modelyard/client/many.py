@@ -11,11 +11,11 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaita
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..core.errors import Invalid, ModelyardError
-from .faces import Portal
+from ..core.errors import Invalid, ModelyardError, Unavailable
+from .faces import LOOK_S, Portal
 from .inputs import Encoder, Inputs, Outputs, read_streamed
 from .joining import Joined, Joiner, split
-from .pipeline import Pipeline, Plan, Slot
+from .pipeline import CLOSED, Pipeline, Plan, Slot
 
 OnError = Literal["raise", "return"]
 Result = Outputs | ModelyardError
@@ -110,8 +110,9 @@ class Many:
                         pipeline.submit_from_thread(made)
                 elif window:
                     told.clear()
-                    if not window[0].done:
-                        told.wait()
+                    while not window[0].done and not told.wait(LOOK_S):
+                        if not portal.open:  # by another thread, with this message on its way there
+                            raise Unavailable(CLOSED)
                 else:
                     break
             drained = True

@@ -30,6 +30,7 @@ BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCod
 """Statuses that tell of the connection, not of a message."""
 HIDDEN = "Internal error from Core"
 """What grpc.aio says instead of the stream's status, where the stream ended in the middle of a write."""
+CLOSED = "this client was closed"
 FLUSH_S = 0.001
 """Results are told of in bunches, at most so much later: waking whoever waits costs more than a result."""
 ATTEMPTS = int(str(RETRY["maxAttempts"]))
@@ -105,11 +106,15 @@ class Pipeline:
         self.wake()
 
     def submit_from_thread(self, slot: Slot) -> None:
-        """The same, from outside the event loop; one wake-up takes all that came meanwhile."""
+        """The same, from outside the event loop; one wake-up takes all that came meanwhile. Raises Unavailable when the
+        client was closed."""
         self._inbox.append(slot)
         if not self._called:
             self._called = True
-            self._loop.call_soon_threadsafe(self._collect)
+            try:
+                self._loop.call_soon_threadsafe(self._collect)
+            except RuntimeError as exc:
+                raise Unavailable(CLOSED) from exc
 
     def _collect(self) -> None:
         self._called = False  # before looking: what is appended from now on calls again

@@ -193,17 +193,15 @@ async def test_who_reads_slowly_is_asked_slowly_async(server: Replica) -> None:
 
 
 def test_each_item_has_a_deadline(scorer: ScoringClient) -> None:
-    items = [*numbers(1), {"sleep": np.array([3.0])}]
-    assert values(scorer.infer_many(numbers(1))) == [0], "connections stand before the clock runs"
     began = time.monotonic()
-    first, second = scorer.infer_many(items, timeout_s=1.5, on_error="return")
+    (late,) = scorer.infer_many([{"sleep": np.array([1.5])}], timeout_s=0.5, on_error="return")
     assert time.monotonic() - began < 15
-    assert isinstance(second, Unavailable) and second.code == "deadline-exceeded" and not isinstance(first, Exception)
-    assert values(scorer.infer_many(numbers(5))) == list(range(5))
+    assert isinstance(late, Unavailable) and late.code == "deadline-exceeded"
+    assert values(scorer.infer_many(numbers(5))) == list(range(5)), "those behind it have their own"
 
 
 def test_leaving_early_leaves_nothing(server: Replica) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     client = ScoringClient(server.grpc, model="echo")
     results = client.infer_many({"n": np.array([n]), "sleep": np.array([0.01])} for n in range(1000))
     next(results)
@@ -217,7 +215,8 @@ def test_leaving_early_leaves_nothing(server: Replica) -> None:
     client.close()
     with pytest.raises(RuntimeError, match="closed"):
         client.infer({"x": np.ones(1)})
-    wait_until(lambda: threading.active_count() <= before + 1)  # grpcio keeps a thread of its own
+    new = set(threading.enumerate()) - before  # grpcio keeps threads of its own
+    wait_until(lambda: not any(thread.is_alive() for thread in new if thread.name.startswith("modelyard")))
 
 
 async def test_cancelling_leaves_nothing(server: Replica) -> None:
