@@ -256,7 +256,7 @@ async def test_a_model_that_went_before_it_could_be_held(yard: Yard) -> None:
     await yard.register("iris")
     doc = await yard.small(models=["iris"])
     image = await yard.images.store.get(Image, doc["id"])
-    await yard.images.commit(image.evolve(revision=0, sequence=0, id="late:1", name="late", phase="queued",
+    await yard.images.commit(image.evolve(revision=0, sequence=0, lease=None, id="late:1", name="late", phase="queued",
                                           models=["gone:1"], due=yard.images.now()))
     late = await yard.over("late:1")
     assert late["phase"] == "failed" and "gone:1" in late["reason"]
@@ -270,7 +270,7 @@ async def test_a_build_waits_for_a_registry_that_is_away(yard: Yard) -> None:
     yard.images.peers.urls["registry"] = "http://127.0.0.1:1"
     assert (await yard.call("POST", "/v1/images", spec)).status == 503
     old = await yard.images.store.get(Image, image["id"])
-    await yard.images.commit(old.evolve(revision=0, sequence=0, id="patient:1", name="patient", version=1,
+    await yard.images.commit(old.evolve(revision=0, sequence=0, lease=None, id="patient:1", name="patient", version=1,
                                         phase="queued", digest=None, due=yard.images.now()))
     await asyncio.sleep(0.5)
     assert (await yard.call("GET", "/v1/images/patient:1")).json["phase"] == "queued"
