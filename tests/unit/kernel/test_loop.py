@@ -346,9 +346,10 @@ async def test_a_step_that_cancels_itself_is_a_failed_step(house: OpenHouse) -> 
 
 
 async def test_a_clean_stop_gives_the_lease_back_and_leaves_no_task(house: OpenHouse) -> None:
-    ended = asyncio.Event()
+    began, ended = asyncio.Event(), asyncio.Event()
 
     async def step(ctx: Context, doc: Work) -> Change[Work]:
+        began.set()
         try:
             await asyncio.sleep(30)
         finally:
@@ -360,6 +361,7 @@ async def test_a_clean_stop_gives_the_lease_back_and_leaves_no_task(house: OpenH
         before = asyncio.all_tasks()
         async with working(h, step):
             await until(lambda: _leased(h))
+            await asyncio.wait_for(began.wait(), 5)
         assert ended.is_set() and asyncio.all_tasks() == before
         doc = await get(h)
         assert doc.lease is None and doc.due and doc.due <= datetime.now(UTC)
