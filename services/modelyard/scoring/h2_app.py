@@ -26,7 +26,7 @@ from .dataplane import DataPlane
 from .grpc_wire import Refused
 from .h2_call import Gone, H2Call, Receive, Send, alone
 from .h2_stream import Stream
-from .transport import binary_trace_id, request_id, trace_id
+from .transport import binary_trace, request_id, trace
 
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 AWAY = "this replica goes away; call again"
@@ -110,11 +110,11 @@ class H2App:
             await call.fail(answer.error, self._metadata(answer))
 
     def _ask(self, protocol: str, method: str, codec: GrpcCodec, body: bytes, call: H2Call) -> Call:
-        trace = trace_id(call.text(b"traceparent"))
-        if not trace and (packed := call.headers.get(b"grpc-trace-bin")):
-            trace = binary_trace_id(wire.binary(packed))
+        traced, parent = trace(call.text(b"traceparent"))
+        if not traced and (packed := call.headers.get(b"grpc-trace-bin")):
+            traced, parent = binary_trace(wire.binary(packed))
         return Call(protocol, method, body, PROTO, codec, deadline=call.deadline,
-                    request_id=request_id(call.text(b"x-request-id")), trace_id=trace,
+                    request_id=request_id(call.text(b"x-request-id")), trace_id=traced, parent=parent,
                     key=call.text(self._key) or "" if self._key else "")
 
     def _metadata(self, answer: Answer) -> list[tuple[str, str | bytes]]:

@@ -22,7 +22,7 @@ from .codecs import PROBLEM, RestCodec, ScoreCodec, problem
 from .dataplane import DataPlane, too_large
 from .runners import Slot
 from .swagger import describe
-from .transport import Tls, Transport, listen, request_id, trace_id
+from .transport import Tls, Transport, listen, request_id, trace
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 EXTENSIONS = ["binary_tensor_data"]
@@ -144,8 +144,9 @@ class RestTransport(Transport):
             raise too_large(limit) from exc
 
     def _call(self, request: web.Request, protocol: str, method: str, body: bytes, kind: str, codec: Codec) -> Call:
+        traced, parent = trace(request.headers.get("traceparent"))
         return Call(protocol, method, body, kind, codec, request_id=request_id(request.headers.get("x-request-id")),
-                    trace_id=trace_id(request.headers.get("traceparent")),
+                    trace_id=traced, parent=parent,
                     key=request.headers.get(self._plane.sampling_header, ""))
 
     async def _answer(self, call: Call) -> web.Response:
