@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from .batches import execute, plan
 from .jobs import BEGUN, GIVEN_UP, QUEUED, Batch, Job
 from .lane_async import AsyncWork
+from .patience import Patience
 from .runners import Runner
 
 INLINE_NS = 1_000_000
@@ -42,6 +43,7 @@ class Lane:
         self._running: dict[int, Batch] = {}
         self._working = False  # the thread does
         self._turn_due = self._turning = False
+        self._patience = Patience()
         self._large = 0
         self._typical_ns = INLINE_NS
         self._ended: deque[Batch] = deque()
@@ -146,7 +148,16 @@ class Lane:
     def _turn_soon(self) -> None:
         if not self._turn_due:
             self._turn_due = True
-            self._loop.call_soon(self._turn)
+            self._patience.begin(len(self._queue))
+            self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        """Begins, or lets the loop take a turn for what is on its way."""
+        batched = self.runner is not None and self.runner.batched
+        if not batched or self._planned or self._patience.enough(len(self._queue), self._max_rows):
+            self._turn()
+        else:
+            self._loop.call_soon(self._look)
 
     def _hand_over(self) -> None:
         for batch in self._planned:
