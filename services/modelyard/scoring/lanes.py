@@ -18,6 +18,7 @@ from .batches import execute, plan
 from .jobs import BEGUN, GIVEN_UP, QUEUED, Batch, Job
 from .lane_async import AsyncWork
 from .runners import Runner
+from .speed import Speed
 
 INLINE_NS = 1_000_000
 """Shorter predictions run on the event loop, which is held up for so long at most between two looks at sockets."""
@@ -35,6 +36,7 @@ class Lane:
         self.runner: Runner | None = None
         self.waiting = 0
         """Jobs that are queued, not begun and still wanted."""
+        self.speed = Speed()
         self._open, self._done, self._watch, self._max_rows = open_runner, done, watch, max_rows
         self._lock = threading.Lock()  # around the queue and each job's ``state``
         self._queue: deque[Job] = deque()
@@ -202,6 +204,7 @@ class Lane:
         execute(runner, batch)
         del self._running[id(batch)]
         took = time.perf_counter_ns() - began
+        self.speed.took(took / 1e9, len(batch.jobs), self.waiting > 0)
         self._typical_ns = max(took if took > 4 * INLINE_NS else 0, (self._typical_ns * 7 + took) // 8)
 
     # In the worker's thread ---------------------------------------------------------------------------------------
@@ -213,7 +216,7 @@ class Lane:
             self._tell_opened(None, exc)
             return
         if runner.asynchronous:
-            with AsyncWork(runner, self._next, self._claim, self._running, self._give_back) as own:
+            with AsyncWork(runner, self._next, self._claim, self._running, self._give_back, self.speed) as own:
                 self._own = own
                 self._tell_opened(runner, None)
                 own.run()
