@@ -29,6 +29,7 @@ class AsyncWork:
         self._runner, self._next, self._claim = runner, next_, claim
         self._running, self._give_back, self._speed = running, give_back, speed
         self._most = BATCHES if runner.batched else CONCURRENT
+        speed.overlapping = True
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._of: dict[Job, int] = {}
         self._woken = self._closed = False
@@ -82,8 +83,8 @@ class AsyncWork:
             self._tasks[number].cancel()
 
     def _over(self, batch: Batch, task: asyncio.Task[None]) -> None:
-        took = time.monotonic() - batch.began
-        self._speed.took(took / self._most, len(batch.jobs), len(self._tasks) >= self._most)
+        calls = sum(len(other.jobs) for other in self._running.values())
+        self._speed.took(time.monotonic() - batch.began, calls, len(self._tasks) >= self._most)
         del self._tasks[id(batch)], self._running[id(batch)]
         for job in batch.jobs:
             del self._of[job]

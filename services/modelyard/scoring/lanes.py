@@ -87,6 +87,10 @@ class Lane:
         self._turn()
         return True
 
+    def hopeless(self, left_s: float) -> float:
+        """The seconds that a call with so much time would wait, when that is too long; else 0.0."""
+        return self.speed.hopeless(left_s, self.waiting, list(self._running.values()))
+
     def give_up(self, job: Job) -> None:
         """The event loop settles a job that is still queued or running. Queued: it will never be begun."""
         with self._lock:
@@ -175,11 +179,14 @@ class Lane:
         """The next batch, of what is queued now; None: nothing is."""
         while not self._planned:
             jobs: list[Job] = []
+            most = self._max_rows
             with self._lock:
-                while self._queue and len(jobs) < self._max_rows:
+                while self._queue and len(jobs) < most:
                     job = self._queue.popleft()
                     self._large -= len(job.call.body) > INLINE_BYTES
                     if job.state == QUEUED:
+                        if not jobs and runner.batched:
+                            most = self.speed.together(job.deadline, most)
                         jobs.append(job)
             if not jobs:
                 return None
@@ -199,12 +206,12 @@ class Lane:
         self._claim(batch)
         if not batch.jobs:
             return
-        began = time.perf_counter_ns()
+        began, more = time.perf_counter_ns(), self.waiting > 0
         self._running[id(batch)] = batch
         execute(runner, batch)
         del self._running[id(batch)]
         took = time.perf_counter_ns() - began
-        self.speed.took(took / 1e9, len(batch.jobs), self.waiting > 0)
+        self.speed.took(took / 1e9, len(batch.jobs), more)
         self._typical_ns = max(took if took > 4 * INLINE_NS else 0, (self._typical_ns * 7 + took) // 8)
 
     # In the worker's thread ---------------------------------------------------------------------------------------
