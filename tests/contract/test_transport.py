@@ -108,7 +108,7 @@ def test_calls_that_expire_do_not_end_their_connection(channel: grpc.Channel, se
     """By the hundred: what else is under way on it is answered. Who is too late to be answered resets its stream, which
     in such numbers looks like an attack."""
     infer = channel.unary_unary(INFER)
-    long = infer.future(ask(mark="long-one", sleep=2), timeout=30)
+    long = infer.future(ask(mark="long-one", sleep=3), timeout=30)
     wait_for(lambda: "long-one" in served.ran())
     for _ in range(3):
         ended = [infer.future(ask(mark="expired"), timeout=0.4) for _ in range(100)]

@@ -175,7 +175,7 @@ class Replica:
         loop = asyncio.get_running_loop()
         misses, answered = 0, loop.time()
         memory = self._memory()
-        stuck_s = max(STUCK_S, self._template["limits"].get("timeout_ms", 0) / 500)
+        stuck_s = self._stuck_s()
         while not child.exited.done():
             await asyncio.sleep(PROBE_S if self.ready else FIRST_PROBE_S)
             try:
@@ -195,6 +195,13 @@ class Replica:
             if memory and child.pid and (used := _resident(child.pid)) > memory:
                 self.kill(f"killed: it used {used >> 20} MiB, more than its limit of {memory >> 20} MiB")
             self._set(up, loop.time())
+
+    def _stuck_s(self) -> float:
+        """So long it may answer no probe: code that never lets go of the interpreter cannot be told from a hang."""
+        least = self._template["limits"].get("timeout_ms", 0) / 500
+        with contextlib.suppress(ValueError):
+            return max(float(self._template["env"].get("MODELYARD_STUCK_S") or STUCK_S), least)
+        return max(STUCK_S, least)
 
     def _memory(self) -> int | None:
         """The bytes at which we end it; None when there is no limit, or somebody else sees to it."""
