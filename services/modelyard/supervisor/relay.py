@@ -153,6 +153,10 @@ class Relay:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def choose(self, choices: Iterable[Backend]) -> Backend:
+        """Who gets the next connection."""
+        return min(choices, key=lambda b: (b.load(self.kind), b.connections))
+
     async def connect(self) -> _End | None:
         """A connection to some ready replica, not reading yet; None when there was none for ``WAIT_S``."""
         loop = asyncio.get_running_loop()
@@ -162,7 +166,7 @@ class Relay:
             changed = self._changed
             choices = [b for b in self._choices() if id(b) not in dead]
             if choices:
-                backend = min(choices, key=lambda b: (b.load(self.kind), b.connections))
+                backend = self.choose(choices)
                 end = await self._reach(backend)
                 if end is not None:
                     return end
