@@ -8,6 +8,7 @@ are recorded by one append.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import time
@@ -208,6 +209,9 @@ class DataPlane(Plane):
         job.deadline = min(call.deadline, now + limits.timeout_ms / 1000)
         if now >= job.deadline:
             job.outcome = Outcome(late())
+        elif wait_s := lane.hopeless(job.deadline - now):
+            raise QueueFull(f"{lane.waiting} calls wait for '{job.served.name}' already, about {wait_s:.1f} s; try again "
+                            f"soon, or with more time than {job.deadline - now:.1f} s", retry_after=math.ceil(wait_s))
         if self._keyed is not None:
             self._keyed.expect(job.prediction_id, call)
         if job.outcome is None:

@@ -19,6 +19,7 @@ from .jobs import BEGUN, GIVEN_UP, QUEUED, Batch, Job
 from .lane_async import AsyncWork
 from .patience import Patience
 from .runners import Runner
+from .speed import Speed
 
 INLINE_NS = 1_000_000
 """Shorter predictions run on the event loop, which is held up for so long at most between two looks at sockets."""
@@ -36,6 +37,7 @@ class Lane:
         self.runner: Runner | None = None
         self.waiting = 0
         """Jobs that are queued, not begun and still wanted."""
+        self.speed = Speed()
         self._open, self._done, self._watch, self._max_rows = open_runner, done, watch, max_rows
         self._lock = threading.Lock()  # around the queue and each job's ``state``
         self._queue: deque[Job] = deque()
@@ -86,6 +88,10 @@ class Lane:
             return False
         self._turn()
         return True
+
+    def hopeless(self, left_s: float) -> float:
+        """The seconds that a call with so much time would wait, when that is too long; else 0.0."""
+        return self.speed.hopeless(left_s, self.waiting, list(self._running.values()))
 
     def give_up(self, job: Job) -> None:
         """The event loop settles a job that is still queued or running. Queued: it will never be begun."""
@@ -184,11 +190,14 @@ class Lane:
         """The next batch, of what is queued now; None: nothing is."""
         while not self._planned:
             jobs: list[Job] = []
+            most = self._max_rows
             with self._lock:
-                while self._queue and len(jobs) < self._max_rows:
+                while self._queue and len(jobs) < most:
                     job = self._queue.popleft()
                     self._large -= len(job.call.body) > INLINE_BYTES
                     if job.state == QUEUED:
+                        if not jobs and runner.batched:
+                            most = self.speed.together(job.deadline, most)
                         jobs.append(job)
             if not jobs:
                 return None
@@ -208,11 +217,12 @@ class Lane:
         self._claim(batch)
         if not batch.jobs:
             return
-        began = time.perf_counter_ns()
+        began, more = time.perf_counter_ns(), self.waiting > 0
         self._running[id(batch)] = batch
         execute(runner, batch)
         del self._running[id(batch)]
         took = time.perf_counter_ns() - began
+        self.speed.took(took / 1e9, len(batch.jobs), more)
         self._typical_ns = max(took if took > 4 * INLINE_NS else 0, (self._typical_ns * 7 + took) // 8)
 
     # In the worker's thread ---------------------------------------------------------------------------------------
@@ -224,7 +234,7 @@ class Lane:
             self._tell_opened(None, exc)
             return
         if runner.asynchronous:
-            with AsyncWork(runner, self._next, self._claim, self._running, self._give_back) as own:
+            with AsyncWork(runner, self._next, self._claim, self._running, self._give_back, self.speed) as own:
                 self._own = own
                 self._tell_opened(runner, None)
                 own.run()
