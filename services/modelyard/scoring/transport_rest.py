@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from ..core.errors import ModelyardError
+from ..core.errors import Invalid, ModelyardError
 from .dataplane import DataPlane, too_large
 from .rest import Reply, Site, refusal
 from .transport import BACKLOG, Tls, Transport, listen
@@ -108,6 +108,8 @@ class RestTransport(Transport):
             return await request.read()
         except web.HTTPRequestEntityTooLarge as exc:
             raise too_large(limit) from exc
+        except web.RequestPayloadError as exc:
+            raise Invalid(f"the body cannot be read: {exc}") from exc
 
 
 def respond(reply: Reply) -> web.Response:
