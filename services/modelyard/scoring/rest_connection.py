@@ -20,6 +20,9 @@ from .dataplane import DataPlane
 from .rest import Reply, Site, refusal
 from .rest_wire import Head
 
+APART_BYTES = 65_536
+"""A larger body is not copied behind its head."""
+
 
 class Door:
     """What the connections of one address share. ``other`` makes the protocol that takes what is not plain."""
@@ -79,8 +82,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None or self.unfinished:
             return
         if self._missing and self._since < body:
-            self._transport.write(rest_wire.answer(refusal(408), False, True))
-            self.close()
+            self._answer(refusal(408), last=True)
         elif not self._missing and self._since < idle:
             self.close()
 
@@ -193,11 +195,15 @@ class Connection(asyncio.Protocol):
             if self._later:
                 self._go_on()
 
-    def _answer(self, reply: Reply) -> None:
-        head, transport = self._head, self._transport
-        assert head is not None and transport is not None
-        last = head.last or self._door.plane.draining
-        transport.write(rest_wire.answer(reply, head.bare, last))
+    def _answer(self, reply: Reply, last: bool = False) -> None:
+        asked, transport = self._head, self._transport
+        assert asked is not None and transport is not None
+        last = last or asked.last or self._door.plane.draining
+        head, body = rest_wire.head(reply, last), b"" if asked.bare else reply.body
+        if len(body) < APART_BYTES:
+            transport.write(head + body)
+        else:
+            transport.writelines((head, body))
         if last:
             transport.close()
 

@@ -60,12 +60,10 @@ def read(site: Site, data: bytes, limit: int) -> Head | None:
                 connection == "close")
 
 
-def answer(reply: Reply, bare: bool, last: bool) -> bytes:
-    """A whole response. ``last``: the connection ends with it."""
-    body = reply.body
+def head(reply: Reply, last: bool) -> bytes:
+    """What stands before a response's body. ``last``: the connection ends with it."""
     common = _common(int(time.time()), last)
-    head = f"{_status(reply.status)}{reply.head}Content-Length: {len(body)}\r\n{common}".encode()
-    return head if bare else head + body
+    return f"{_status(reply.status)}{reply.head}Content-Length: {len(reply.body)}\r\n{common}".encode()
 
 
 @lru_cache(64)
