@@ -59,6 +59,8 @@ class Site:
     def __init__(self, plane: DataPlane) -> None:
         self._plane = plane
         self._rest, self._score = RestCodec(), ScoreCodec()
+        self.find = lru_cache(1024)(self._find)
+        """The route of a method and a path as it came, without the query."""
         self._plain: dict[str, Found] = {
             "/": Found(self._healthy), "/score": Found(ask=self._ask_score), "/swagger.json": Found(self._swagger),
             "/metrics": Found(lambda found, query: exposition(plane)), "/v2": Found(self._server_metadata),
@@ -67,8 +69,7 @@ class Site:
         self._of_models = {"": Found(self._model_metadata), "ready": Found(self._model_ready),
                            "infer": Found(ask=self._ask_infer)}
 
-    def find(self, method: str, path: str) -> Found:
-        """``path`` as it came, without the query."""
+    def _find(self, method: str, path: str) -> Found:
         found = self._plain.get(path) or self._of_model(path)
         if found is None:
             return _refusing(404)

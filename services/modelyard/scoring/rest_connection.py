@@ -51,8 +51,8 @@ class Door:
 class Connection(asyncio.Protocol):
     """One request at a time; what comes behind it waits, and its caller is not read from meanwhile."""
 
-    __slots__ = ("_busy", "_door", "_head", "_job", "_kept", "_later", "_missing", "_parts", "_since", "_stalled",
-                 "_taking", "_transport")
+    __slots__ = ("_begun", "_busy", "_door", "_head", "_job", "_kept", "_later", "_missing", "_parts", "_since",
+                 "_stalled", "_taking", "_transport")
 
     def __init__(self, door: Door) -> None:
         self._door = door
@@ -60,6 +60,8 @@ class Connection(asyncio.Protocol):
         self._head: Head | None = None
         self._kept = b""
         """The bytes that ``_head`` was read from: callers mostly send the same again."""
+        self._begun = b""
+        """A head that is not whole."""
         self._later = b""
         self._parts: list[bytes] = []
         self._missing = 0
@@ -74,16 +76,18 @@ class Connection(asyncio.Protocol):
 
     @property
     def reading(self) -> bool:
-        """In the middle of a body."""
-        return self._missing > 0
+        """In the middle of a request."""
+        return self._missing > 0 or bool(self._begun)
 
     def expire(self, idle: float, body: float) -> None:
         """Nothing came since: the connection ends, of a request that is not whole with an answer."""
         if self._transport is None or self.unfinished:
             return
-        if self._missing and self._since < body:
-            self._answer(refusal(408), last=True)
-        elif not self._missing and self._since < idle:
+        if self.reading and self._since < body:
+            reply = refusal(408)
+            self._transport.write(rest_wire.head(reply, True) + reply.body)
+            self.close()
+        elif not self.reading and self._since < idle:
             self.close()
 
     def close(self) -> None:
@@ -100,7 +104,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._door.open.discard(self)
-        self._parts, self._later = [], b""
+        self._parts, self._later, self._begun = [], b"", b""
         if self._job is not None:
             self._door.plane.cancel(self._job)
 
@@ -120,7 +124,7 @@ class Connection(asyncio.Protocol):
             assert self._transport is not None
             self._transport.pause_reading()
         else:
-            self._take(data)
+            self._take(self._begun + data)
 
     def _body(self, data: bytes) -> None:
         """More of a body of which something is missing."""
@@ -146,12 +150,15 @@ class Connection(asyncio.Protocol):
 
     def _take(self, data: bytes) -> None:
         """Requests, from the beginning of one, until one has to wait for its answer or its body."""
-        self._taking = True
+        self._taking, self._begun = True, b""
         while data and not (self._busy or self._stalled):
             end = data.find(b"\r\n\r\n") + 4
+            if end < 4 and rest_wire.begun(data):
+                self._begun, data = data, b""
+                break
             raw = data[:end]
-            if raw != self._kept or not raw:
-                head = rest_wire.read(self._door.site, raw, self._door.limit) if raw else None
+            if raw != self._kept:
+                head = rest_wire.read(self._door.site, raw, self._door.limit)
                 if head is None:
                     self._hand_over(data)
                     return
@@ -195,10 +202,10 @@ class Connection(asyncio.Protocol):
             if self._later:
                 self._go_on()
 
-    def _answer(self, reply: Reply, last: bool = False) -> None:
+    def _answer(self, reply: Reply) -> None:
         asked, transport = self._head, self._transport
         assert asked is not None and transport is not None
-        last = last or asked.last or self._door.plane.draining
+        last = asked.last or self._door.plane.draining
         head, body = rest_wire.head(reply, last), b"" if asked.bare else reply.body
         if len(body) < APART_BYTES:
             transport.write(head + body)

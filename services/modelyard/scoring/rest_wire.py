@@ -20,9 +20,11 @@ from .rest import Found, Reply, Site
 HEAD_BYTES = 8_000
 HEAD_LINES = 100
 """Both within what the other server takes."""
-PLAIN = re.compile(rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[\w.~:@!$&'()*+,;=/-]*)"
-                   rb"(?:\?([\w.~:@!$&'()*+,;=/?-]*))? HTTP/1\.1\r\n"
-                   rb"((?:[\w!#$%&'*+.^`|~-]+:[\t -~]*\r\n)+)\r\n")
+FIRST = (rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[\w.~:@!$&'()*+,;=/-]*)(?:\?([\w.~:@!$&'()*+,;=/?-]*))?"
+         rb" HTTP/1\.1\r\n")
+LINE = rb"[\w!#$%&'*+.^`|~-]+:[\t -~]*\r\n"
+PLAIN = re.compile(FIRST + rb"((?:" + LINE + rb")+)\r\n")
+BEGUN = re.compile(FIRST + rb"(?:" + LINE + rb")*[\t -~]*\r?")
 OTHERS = frozenset(("transfer-encoding", "content-encoding", "expect", "upgrade"))
 
 
@@ -58,6 +60,11 @@ def read(site: Site, data: bytes, limit: int) -> Head | None:
     method, path = match[1].decode(), match[2].decode("ascii")
     return Head(site.find(method, path), headers, (match[3] or b"").decode("ascii"), int(length), method == "HEAD",
                 connection == "close")
+
+
+def begun(data: bytes) -> bool:
+    """Whether this may become a plain head: its first line is there, and right."""
+    return len(data) < HEAD_BYTES and BEGUN.fullmatch(data) is not None
 
 
 def head(reply: Reply, last: bool) -> bytes:
