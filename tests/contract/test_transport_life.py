@@ -225,10 +225,12 @@ def _answers(infer: grpc.UnaryUnaryMultiCallable) -> bool:
         return False
 
 
-@pytest.mark.parametrize("given, library", [("grpc", "grpcio"), ("h2", "h2corn"), ("auto", "h2corn"), ("", "h2corn")])
-def test_the_log_says_which_transport_it_is(tmp_path: Path, given: str, library: str) -> None:
+@pytest.mark.parametrize("given, library, rest", [
+    ("grpc", "grpcio", "aiohttp"), *((name, "h2corn", "asyncio, aiohttp") for name in ("h2", "auto", ""))])
+def test_the_log_says_which_transport_it_is(tmp_path: Path, given: str, library: str, rest: str) -> None:
     with serving(tmp_path, given) as served:
-        assert f"grpc {served.address} ({library})" in served.replica.log.read_text()
+        log = served.replica.log.read_text()
+        assert f"grpc {served.address} ({library})" in log and f"http {served.replica.http} ({rest})" in log
 
 
 @pytest.mark.parametrize("arguments, why", [

@@ -34,7 +34,7 @@ Headers = Mapping[str, str]
 """Looked up by names in lower case."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """``head``: header lines, each with its line end; those of the connection are the carrier's."""
 
