@@ -23,6 +23,7 @@ import orjson
 
 from ..core.errors import Invalid
 from ..core.inference import JSON
+from ..core.numbers import numbers
 from ..core.tensors import Tensor, nested
 from .calls import Asked
 
@@ -111,6 +112,9 @@ def as_array(value: Any, what: str = "data") -> np.ndarray:
     """Nested lists → array. Raises Invalid for ragged or mixed ones."""
     import numpy as np
 
+    found = numbers(value) if type(value) is list else None
+    if found is not None:
+        return _own(found)
     try:
         array = np.array(value)
     except (ValueError, TypeError, OverflowError) as exc:

@@ -21,6 +21,7 @@ from .otlp import Otlp, Plan
 from .runners import CannotStart
 from .settings import Settings
 from .transport import CONNECTION_AGE_S, Transport
+from .transport_direct import DirectTransport
 from .transport_rest import RestTransport
 
 CANNOT_START = 3
@@ -43,8 +44,7 @@ class Replica:
         name = settings.deployment or settings.image.partition(":")[0] or "model"
         self.plane = DataPlane(name, settings.limits, self.log)
         self.admin = Admin(settings.admin, self.plane, self.drain, self.spread)
-        self.transports: list[Transport] = [open_grpc(settings, self.plane),
-                                            RestTransport(settings.http, self.plane, settings.tls)]
+        self.transports: list[Transport] = [open_grpc(settings, self.plane), open_rest(settings, self.plane)]
         self.plane.otlp = _open_otlp(settings, self.plane)
         self._stop = asyncio.Event()
         self._draining_since = 0.0
@@ -133,6 +133,12 @@ def open_grpc(settings: Settings, plane: DataPlane) -> Transport:
     from .transport_h2 import H2Transport
 
     return H2Transport(settings.grpc, plane, settings.tls)
+
+
+def open_rest(settings: Settings, plane: DataPlane) -> Transport:
+    """The fast one, which needs nothing more; with ``--transport grpc`` aiohttp alone."""
+    made = RestTransport if settings.transport == "grpc" else DirectTransport
+    return made(settings.http, plane, settings.tls)
 
 
 def _open_log(settings: Settings, image: Image) -> CaptureLog | None:
