@@ -20,7 +20,7 @@ from . import metrics
 from .calls import Answer, Call, Codec, statuses
 from .codecs import PROBLEM, RestCodec, ScoreCodec, problem
 from .dataplane import DataPlane, too_large
-from .runners import Slot
+from .image import Slot
 from .swagger import describe
 from .transport import Tls, Transport, listen, request_id, trace_id
 
