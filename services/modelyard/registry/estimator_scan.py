@@ -51,17 +51,22 @@ def xgboost(file: BinaryIO, size: int) -> Signature | None:
     tail = file.read(END)
     end = tail[tail.rfind(b"learner_model_param"):] if b"learner_model_param" in tail else b""
 
-    def number(name: bytes) -> int:
-        found = re.search(name + rb'(?:"\s*:\s*"|SL.{8})(\d+)', end, re.DOTALL)
-        return int(found[1]) if found else 0
-
-    objective = re.search(rb'objective.*?name(?:"\s*:\s*"|SL.{8})([\w:]+)', end, re.DOTALL)
-    features, classes, targets = number(b"num_feature"), number(b"num_class"), number(b"num_target")
-    if not features or objective is None:
+    objective = _text(end[max(0, end.find(b"objective")):], b"name")
+    features, classes, targets = (int(_text(end, name) or 0) for name in (b"num_feature", b"num_class", b"num_target"))
+    if not features or not objective:
         return None
-    wide = classes if objective[1].decode() in CLASSES else targets
+    wide = classes if objective in CLASSES else targets
     return {"inputs": [_row(features, _feature_names(head))],
             "outputs": [{"name": "predict", "datatype": "FP32", "shape": [-1, wide] if wide > 1 else [-1]}]}
+
+
+def _text(part: bytes, key: bytes) -> str:
+    """The first text behind a key, in either form; "" where there is none."""
+    found = re.search(key + rb'(?:"\s*:\s*"([^"]*)"|SL(.{8}))', part, re.DOTALL)
+    if found is None:
+        return ""
+    told = found[1] if found[2] is None else part[found.end():found.end() + int.from_bytes(found[2], "big")]
+    return told.decode("utf-8", "replace")
 
 
 def _feature_names(head: bytes) -> list[str]:

@@ -113,12 +113,12 @@ def _cast(array: Any, wanted: np.dtype, name: str) -> Any:
     """Numbers of another type, where that loses nothing but precision. What cannot be is left for MLflow to refuse."""
     if array.dtype == wanted or array.dtype.kind not in "fiub" or wanted.kind not in "fiub":
         return array
-    if np.can_cast(array.dtype, wanted, "same_kind"):
-        with np.errstate(over="ignore"):
-            made = array.astype(wanted)
-        if wanted.kind in "iu" and not np.array_equal(made, array):
-            raise Invalid(f"'{name}': a value does not fit {wanted}")
+    with np.errstate(all="ignore"):
+        made = array.astype(wanted)
+    if wanted.kind == "f" or np.array_equal(made, array):
         return made
+    if array.dtype.kind in "iu" and wanted.kind in "iu":
+        raise Invalid(f"'{name}': a value does not fit {wanted}")
     return array
 
 
