@@ -1,6 +1,6 @@
-"""Clients that no server wishes for, beside good ones: the good ones are answered all the same, and when the others have
-left, their memory and their descriptors are back. How much slower the good ones get, tests/benchmarks/bench_overload.py
-tells."""
+"""Clients that no server wishes for, beside good ones: the good ones are answered all the same, and when the others
+have left, their memory and their descriptors are back. How much slower the good ones get,
+tests/benchmarks/bench_overload.py tells."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ class Door:
 
 
 def rest(x: np.ndarray) -> bytes:
-    return json.dumps({"inputs": [{"name": "x", "datatype": "FP64", "shape": list(x.shape), "data": x.tolist()}]}).encode()
+    tensor = {"name": "x", "datatype": "FP64", "shape": list(x.shape), "data": x.tolist()}
+    return json.dumps({"inputs": [tensor]}).encode()
 
 
 @pytest.fixture(scope="module", params=["h2", "grpc", "rest"])
@@ -101,6 +102,7 @@ def test_good_clients_are_answered_beside_bad_ones(door: Door, what: str) -> Non
         wait_for(lambda: door.descriptors() <= before + 2, 20, "the end of their connections")
         wait_for(lambda: door.in_flight() == 0, 20, "the end of their calls")
         resident.append(door.resident_mib())
-    print(f"{door.kind} {what}: {resident[0]:.0f} MiB, {worst:.0f} with them, {resident[1]:.0f}, {resident[2]:.0f} after")
+    print(f"{door.kind} {what}: {resident[0]:.0f} MiB, {worst:.0f} with them, {resident[1]:.0f} and "
+          f"{resident[2]:.0f} after")
     assert worst < resident[0] + 256, "they have a bounded part of the memory"
     assert resident[2] < resident[1] + 16, "a second time needs no more than the first"

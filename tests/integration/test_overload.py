@@ -1,5 +1,5 @@
-"""Three times as many calls as the model can answer: it goes on answering as many as it can, within their deadlines, and
-refuses the rest by the documented status. ``run`` sleeps, so what it can do does not hang on the machine."""
+"""Three times as many calls as the model can answer: it goes on answering as many as it can, within their deadlines,
+and refuses the rest by the documented status. ``run`` sleeps, so what it can do does not hang on the machine."""
 
 from __future__ import annotations
 

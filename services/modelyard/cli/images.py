@@ -25,6 +25,7 @@ from .options import (
     pairs,
 )
 from .show import Column, Format, Steps, document, documents, size
+from .signature import described
 
 if TYPE_CHECKING:
     from ..client import Client, Image
@@ -101,9 +102,16 @@ def list_(
 
 @command(app, "show", "modelyard images show iris-scorer")
 def show(image: ImageRef, output: Output = Format.table) -> None:
-    """One version, in full."""
+    """One version, in full: what its models take and give as well, and a line to try it."""
     with connect() as yard:
-        document(yard.images.get(image).document, output, "Image")
+        found = yard.images.get(image)
+        running = yard.deployments.list(image=found.id, limit=1) if found.samples and output is Format.table else []
+    if output is not Format.table:
+        document(found.document, output, "Image")
+        return
+    document({k: v for k, v in found.document.items() if k not in ("signatures", "samples")}, output)
+    for line in described(found.document, *(service.name for service in running)):
+        print(line)
 
 
 @command(app, "wait", "modelyard images wait iris-scorer:7 --timeout 600")

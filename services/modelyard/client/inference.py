@@ -20,8 +20,8 @@ from .pipeline import CLOSED, Pipeline, Plan
 
 IN_FLIGHT = 128
 CONNECTIONS = 4
-"""A connection is one replica's: a client with one connection uses one replica. More than a few cost more than they give
-where there is one replica."""
+"""A connection is one replica's: a client with one connection uses one replica. More than a few cost more than they
+give where there is one replica."""
 
 
 class AsyncScoringClient:

@@ -18,9 +18,10 @@ from typing import TypeVar
 from ..core.errors import BuildFailed, Invalid, NotFound, Unavailable
 from ..core.layout import image_key
 from ..core.requirements import constraint, requirement
+from ..core.signatures import Signature
 from ..kernel.cache import Cache
 from ..kernel.service import Context
-from . import parts, sources, store, uv
+from . import parts, serving, sources, store, uv
 from .bases import Base
 from .config import MANIFEST, about, digest_of, encode, labels, manifest, oci_config
 from .environment import Environments, told
@@ -48,6 +49,7 @@ class Result:
     size: int
     lock_digest: str
     python: str
+    signatures: dict[str, Signature]
 
 
 class Scratch:
@@ -87,6 +89,7 @@ class Build:
         self.uploads = asyncio.Semaphore(store.UPLOADS)
         self.score: sources.Source = b""
         self.models: list[sources.Source | Layer] = []
+        self.signatures: dict[str, Signature] = {}
 
     async def run(self) -> Result:
         """The whole of it."""
@@ -128,19 +131,24 @@ class Build:
             problems += await asyncio.to_thread(parts.score_check, self.score)
         for number, place in enumerate(self.places):
             model, layer = place.model, await self.remembered(place)
-            if layer is not None:
-                self.models.append(layer)
-                continue
-            source = await self.bring(model.artifact, f"model '{model.id}'", f"model-{number}")
+            source = layer or await self.bring(model.artifact, f"model '{model.id}'", f"model-{number}")
             self.models.append(source)
-            if place.kind == "mlflow":
-                needs, why = await asyncio.to_thread(parts.mlflow_needs, model, source)
-                self.needs |= needs
-                problems += why
+            served = serving.Served(place.kind)
+            if place.kind in serving.LOOKED and not isinstance(source, Layer):
+                served = await asyncio.to_thread(serving.look, place.kind, model, source)
+                self.needs |= served.needs
+            problems += [*served.problems, *self.signed(place, served.kind)]
         if problems:
             raise BuildFailed("; ".join(problems))
         self.log.note("the inputs are here and pass their checks")
         return lock
+
+    def signed(self, place: parts.Place, kind: str) -> list[str]:
+        """Keeps what the image says of the model, unless a scoring file serves it; the problems."""
+        told, problems = serving.signature(place.model, kind) if place.kind else (None, [])
+        if told is not None:
+            self.signatures[place.model.id] = told
+        return problems
 
     async def bring(self, digest: str, what: str, name: str) -> sources.Source:
         async def path() -> Path:
@@ -169,6 +177,8 @@ class Build:
         await self.ctx.blobs.put(where, store.Chunks(lock.text.encode()))
         names = ", ".join(p.text for p in lock.pins)
         self.log.note(f"locked {len(lock.pins)} packages: {names}" if lock.pins else EMPTY)
+        if any(p.kind == "pytorch" for p in self.places) and any(p.name.startswith("nvidia-") for p in lock.pins):
+            self.log.note(serving.CUDA)
         return lock
 
     async def stored_lock(self, where: str) -> Lock | None:
@@ -199,7 +209,7 @@ class Build:
         for place in self.places:
             needs |= parts.NEEDS.get(place.kind, set())
             if place.kind in parts.PINS and place.model.framework_version:
-                needs.add(parts.PINS[place.kind].format(place.model.framework_version))
+                needs.add(parts.PINS[place.kind].format(place.model.framework_version.partition("+")[0]))
         return needs
 
     async def environment(self, lock: Lock) -> None:
@@ -220,7 +230,7 @@ class Build:
         for place, source in zip(self.places, self.models, strict=True):
             out.append(source if isinstance(source, Layer) else parts.model_layer(place, source))
         said = about(self.doc.python_version, bool(self.doc.score),
-                     [(p.model, p.path, p.framework or "") for p in self.places])
+                     [(p.model, p.path, p.framework or "") for p in self.places], self.signatures)
         return [*out, parts.about_layer(said)]
 
     def _model_key(self, place: parts.Place) -> str:
@@ -268,7 +278,7 @@ class Build:
         holds = Contents(self.packages, parts.code_layer().layer, lock_digest, self.base)
         await store.together([put(), self.say(digest, holds)])
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
-        return Result(digest, size, lock_digest, doc.python_version)
+        return Result(digest, size, lock_digest, doc.python_version, self.signatures)
 
     async def say(self, digest: str, holds: Contents) -> None:
         """What the image is made of and who made it, kept; it is attached to the image once that is ready."""

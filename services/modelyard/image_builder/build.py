@@ -79,7 +79,8 @@ async def _over(ctx: Context, doc: Image, log: BuildLog, outcome: Result | str) 
     if isinstance(outcome, str):
         return lambda newest: failed(newest, now, outcome)
     return lambda newest: built(newest, now, digest=outcome.digest, size=outcome.size,
-                                lock_digest=outcome.lock_digest, python=outcome.python)
+                                lock_digest=outcome.lock_digest, python=outcome.python,
+                                signatures=outcome.signatures)
 
 
 async def _unless_deleted(ctx: Context, doc: Image, work: Coroutine[Any, Any, Change[Image]]) -> Change[Image]:

@@ -73,7 +73,7 @@ def _for_annotation(annotation: Any, name: str) -> Build:
     if _is(origin, "ndarray"):
         return _array
     if _is(origin, "DataFrame"):
-        return _frame
+        return frame
     arguments = typing.get_args(annotation)
     if origin in (dict, Mapping) and len(arguments) == 2 and _is(typing.get_origin(arguments[1]) or arguments[1],
                                                                 "ndarray"):
@@ -210,7 +210,8 @@ def _arrays(asked: Asked) -> dict[str, np.ndarray]:
     return {t.name: _own(t.array) for t in asked.tensors or []}
 
 
-def _frame(asked: Asked) -> Any:
+def frame(asked: Asked) -> Any:
+    """The call as a data frame. Raises Invalid."""
     import pandas as pd
 
     body = body_of(asked)

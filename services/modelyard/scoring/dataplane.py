@@ -210,8 +210,9 @@ class DataPlane(Plane):
         if now >= job.deadline:
             job.outcome = Outcome(late())
         elif wait_s := lane.hopeless(job.deadline - now):
-            raise QueueFull(f"{lane.waiting} calls wait for '{job.served.name}' already, about {wait_s:.1f} s; try again "
-                            f"soon, or with more time than {job.deadline - now:.1f} s", retry_after=math.ceil(wait_s))
+            raise QueueFull(f"{lane.waiting} calls wait for '{job.served.name}' already, about {wait_s:.1f} s; try "
+                            f"again soon, or with more time than {job.deadline - now:.1f} s",
+                            retry_after=math.ceil(wait_s))
         if self._keyed is not None:
             self._keyed.expect(job.prediction_id, call)
         if job.outcome is None:

@@ -23,7 +23,7 @@ from . import metrics
 from .calls import Answer, Call, Codec, statuses
 from .codecs import PROBLEM, RestCodec, ScoreCodec, problem
 from .dataplane import DataPlane
-from .runners import Slot
+from .image import Slot
 from .swagger import describe
 from .transport import request_id, trace
 

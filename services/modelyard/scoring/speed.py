@@ -14,8 +14,8 @@ as the deadline answers nobody in time: whatever is begun then is as good as exp
 
 
 class Speed:
-    """A moving mean over batches. ``call_s`` is 0 until calls were too many to be taken together: nobody is refused till then.
-    ``overlapping``: several batches run at once."""
+    """A moving mean over batches. ``call_s`` is 0 until calls were too many to be taken together: nobody is refused
+    till then. ``overlapping``: several batches run at once."""
 
     __slots__ = ("_pressed", "_seen", "call_s", "overlapping")
 

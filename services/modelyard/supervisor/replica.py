@@ -118,8 +118,9 @@ class Replica:
         await self.stop()
 
     async def spread(self) -> None:
-        """Another replica is ready: its callers connect anew, to whoever has the fewest. Their calls do not notice. What
-        they have here counts no more from now on: they come back before it is closed, and would all go elsewhere."""
+        """Another replica is ready: its callers connect anew, to whoever has the fewest. Their calls do not notice.
+        What they have here counts no more from now on: they come back before it is closed, and would all go
+        elsewhere."""
         self._spreads += 1
         self._staying[SPREADS] = 0
         with contextlib.suppress(probe.NoAnswer):
