@@ -33,6 +33,9 @@ def broken(host: str, about: str, exc: BaseException, timeout_s: float) -> Model
         return Unavailable(f"{about}: {host} does not speak TLS as we do; if it speaks none, add ?tls=off to its URL")
     if isinstance(exc, TimeoutError):
         return Unavailable(f"{about}: the registry {host} does not answer within {timeout_s:g} s")
+    if isinstance(exc, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError):
+        return Unavailable(f"{about}: the registry {host} breaks off in the middle of its answer; look at what lies "
+                           "between")
     told = type(exc).__name__ if isinstance(exc, aiohttp.ClientResponseError) else exc or type(exc).__name__
     return Unavailable(f"{about}: the registry {host} does not answer ({told}); check the address and that it runs")
 
