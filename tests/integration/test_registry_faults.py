@@ -18,6 +18,7 @@ from aiohttp import web
 
 from infra.stack.registry import Registry
 from infra.stack.server import run
+from modelyard.adapters import images_registry_errors as errors
 from modelyard.adapters import urls
 from modelyard.adapters.images_registry import RegistryImages
 from modelyard.adapters.images_registry_http import Door
@@ -35,6 +36,13 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     need("registry")
     with Registry(tmp_path_factory.mktemp("registry")) as found:
         yield found
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """What is repeated is repeated sooner; but for a registry that comes back."""
+    if "kill_9" not in request.node.name:
+        monkeypatch.setattr(errors, "FIRST_S", 0.02)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from .model import Image, building, built, failed, removed
 
 LOOK_S = 0.5
 FAULTS = 4
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 log_fault = logging.getLogger(__name__)
 
 
@@ -62,6 +64,9 @@ async def _outcome(ctx: Context, doc: Image, log: BuildLog) -> Result | str:
             await log.show(ctx, doc)
         raise
     except Exception as exc:  # a fault of ours: the loop logs and repeats it, but not for ever
+        if isinstance(exc, OSError) and exc.errno in FULL:
+            log.note(f"interrupted: the disk of {ctx.data} is full; trying again soon")
+            raise Unavailable(f"the disk of {ctx.data} is full; free some space") from exc
         if doc.attempts < FAULTS:
             raise
         log_fault.exception("image %s is given up after %d attempts", doc.id, doc.attempts + 1)
