@@ -188,6 +188,7 @@ async def test_a_wheel_that_is_not_what_was_locked(
     assert (await build(yard, lock=await yard.upload(lock.encode())))["phase"] == "ready"
 
 
+@pytest.mark.slow
 async def test_a_stored_lock_needs_no_index(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the index off, a rebuild from the lock is the same image: from layers of before, and where those are gone
     as well from the wheels in uv's cache. Nothing is resolved."""
@@ -211,3 +212,24 @@ async def test_a_stored_lock_needs_no_index(wheels: Path, tmp_path: Path, monkey
     async with running(tmp_path / "fourth") as yard:
         again = await build(yard, lock=await yard.upload(lock), **spec)
     assert again["phase"] == "failed" and "the package index does not answer" in again["reason"]
+
+
+@pytest.mark.slow
+async def test_files_that_two_packages_have(yard: Yard, folder: Path, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same name and with other contents: the last package's is in the image, every time."""
+    own = tmp_path / "own"
+    for name, size in (("aaa", 400_000), ("bbb", 10), ("ccc", 10), ("ddd", 10)):
+        wheel(own, name, files={f"{name}.py": b"", "LICENSE": name.encode() * size, "tests/__init__.py": name.encode()})
+    monkeypatch.setenv("UV_FIND_LINKS", f"{folder},{own}")
+    stands, digests = base(tmp_path, "linux/amd64"), set()
+    for number in range(4):
+        for name in ("XDG_CACHE_HOME", "UV_CACHE_DIR"):
+            monkeypatch.setenv(name, str(tmp_path / f"{name}-{number}"))
+        async with running(tmp_path / f"yard-{number}") as fresh:
+            doc = await build(fresh, "aaa", "bbb", "ccc", "ddd", base=stands)
+            digests.add(doc["digest"])
+            there, _ = await files(fresh, doc)
+        shared = {name: data for name, data in there.items() if name.endswith(("/LICENSE", "tests/__init__.py"))}
+        assert len(shared) == 2 and set(shared.values()) == {b"ddd", b"ddd" * 10}
+    assert len(digests) == 1
