@@ -23,6 +23,7 @@ from .model import Image, building, built, failed, removed
 
 LOOK_S = 0.5
 FAULTS = 4
+ABANDONED_S = 2 * 24 * 3600.0
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 log_fault = logging.getLogger(__name__)
 
@@ -139,8 +140,9 @@ def _swept(ctx: Context, doc: Image) -> Path:
     """Where temporary folders of this image begin; those of builds that died are gone."""
     root, prefix = ctx.data / "image-builder" / "tmp", f"{doc.workspace}.{doc.name}.{doc.version}."
     for old in root.iterdir() if root.is_dir() else ():
-        if old.name.startswith(prefix):
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):  # what another machine went on with is nobody's here
+            if old.name.startswith(prefix) or time.time() - old.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(old, ignore_errors=True)
     return root / prefix
 
 
