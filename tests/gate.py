@@ -42,6 +42,7 @@ class Gate:
         self.wants: Callable[[web.Request], web.Response | None] = lambda request: None
         """Looks at each call first; what it answers, if anything, is the answer."""
         self._silence = asyncio.Event()
+        self._holds: dict[str, asyncio.Event] = {}
 
     @property
     def url(self) -> str:
@@ -52,6 +53,16 @@ class Gate:
 
     def count(self, fits: str) -> int:
         return sum(bool(re.search(fits, call)) for call in self.seen)
+
+    def hold(self, fits: str) -> asyncio.Event:
+        """Calls that fit do not go on until ``let_go``; the event says that one is there."""
+        return self._holds.setdefault(fits, asyncio.Event())
+
+    def let_go(self) -> None:
+        """They fail, as they would at the end of who made them."""
+        self._holds.clear()
+        self._silence.set()
+        self._silence = asyncio.Event()
 
     def _due(self, call: str) -> Fault | None:
         found = next((f for f in self.planned if f.times and re.search(f.fits, call)), None)
@@ -64,6 +75,10 @@ class Gate:
         self.seen.append(call)
         if (refused := self.wants(request)) is not None:
             return refused
+        if held := next((event for fits, event in self._holds.items() if re.search(fits, call)), None):
+            held.set()
+            await self._silence.wait()
+            return web.Response(status=503)
         fault = self._due(call)
         if fault is not None and fault.silent:
             await self._silence.wait()

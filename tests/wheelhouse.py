@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import html
 import sys
@@ -61,6 +62,7 @@ class Index:
 
     def __init__(self, folder: Path, login: str = "") -> None:
         self.folder, self.asked, self.refused = folder, list[str](), 0
+        self._held = "\n", threading.Event(), threading.Event()
         wanted = "Basic " + base64.b64encode(login.encode()).decode() if login else ""
         index = self
 
@@ -72,6 +74,7 @@ class Index:
                     index.refused += 1
                     return self.answer(401, b"", ("WWW-Authenticate", 'Basic realm="index"'))
                 index.asked.append(self.path)
+                index.wait(self.path)
                 status, body = index.find(self.path)
                 self.answer(status, body, ("Content-Type", "text/html" if self.path.endswith("/") else "binary/x"))
 
@@ -81,7 +84,8 @@ class Index:
                     self.send_header(name, value)
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(body)
+                    with contextlib.suppress(OSError):  # whoever asked is dead
+                        self.wfile.write(body)
 
             do_HEAD = do_GET
 
@@ -90,6 +94,21 @@ class Index:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    def hold(self, fits: str) -> threading.Event:
+        """Calls whose path has this in it wait until ``let_go``; the event says that one is there."""
+        self._held = fits, threading.Event(), threading.Event()
+        return self._held[1]
+
+    def let_go(self) -> None:
+        self._held[2].set()
+        self._held = "\n", threading.Event(), threading.Event()
+
+    def wait(self, path: str) -> None:
+        fits, there, over = self._held
+        if fits in path:
+            there.set()
+            over.wait(60)
 
     @property
     def host(self) -> str:

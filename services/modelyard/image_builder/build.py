@@ -60,14 +60,15 @@ async def _outcome(ctx: Context, doc: Image, log: BuildLog) -> Result | str:
     except BuildFailed as exc:
         return exc.message
     except (Unavailable, Denied) as exc:  # Denied: of a store of ours, to which somebody will let us in
-        await log.line(f"interrupted: {exc.message}; trying again soon")
-        with suppress(ModelyardError):
-            await log.show(ctx, doc)
+        await scratch.clear()  # the log may need its room
+        await _interrupted(ctx, doc, log, exc.message)
         raise
     except Exception as exc:  # a fault of ours: the loop logs and repeats it, but not for ever
         if isinstance(exc, OSError) and exc.errno in FULL:
-            log.note(f"interrupted: the disk of {ctx.data} is full; trying again soon")
-            raise Unavailable(f"the disk of {ctx.data} is full; free some space") from exc
+            full = Unavailable(f"the disk of {ctx.data} is full; free some space")
+            await scratch.clear()
+            await _interrupted(ctx, doc, log, full.message)
+            raise full from exc
         if doc.attempts < FAULTS:
             raise
         log_fault.exception("image %s is given up after %d attempts", doc.id, doc.attempts + 1)
@@ -75,6 +76,12 @@ async def _outcome(ctx: Context, doc: Image, log: BuildLog) -> Result | str:
         return f"the builder failed {doc.attempts + 1} times{told}; the server's log says where"
     finally:
         await scratch.clear()
+
+
+async def _interrupted(ctx: Context, doc: Image, log: BuildLog, why: str) -> None:
+    await log.line(f"interrupted: {why}; trying again soon")
+    with suppress(ModelyardError):
+        await log.show(ctx, doc)
 
 
 async def _over(ctx: Context, doc: Image, log: BuildLog, outcome: Result | str) -> Change[Image]:
