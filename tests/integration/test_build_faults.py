@@ -114,7 +114,8 @@ async def test_a_builder_killed_in_every_phase(
         blobs = Counter(call.partition("digest=")[2] for call in gate.seen if re.match("PUT .*digest=", call))
         print(f"asked for the index page: {resolved}; uploads: {sent}, then {blobs.total()} of {len(blobs)} blobs")
         assert log.count("requirements:") <= 3 and resolved[3] == resolved[-1]
-        assert sent[-1] == sent[-2] and blobs.total() <= len(blobs) + 4  # four at most were on their way when it died
+        assert sent[-1] - sent[-2] <= 3  # what is said of the image, and no layer
+        assert blobs.total() <= len(blobs) + 4  # four at most were on their way when it died
         assert left(data) == []
 
 
