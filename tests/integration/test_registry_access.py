@@ -19,10 +19,10 @@ from aiohttp import web
 from yarl import URL
 
 from infra.stack.registry import Registry
-from modelyard.adapters import images_registry_errors as errors
+from modelyard.adapters import images_registry_errors_http as errors
 from modelyard.adapters import images_registry_login as logins
 from modelyard.adapters.images_registry import RegistryImages
-from modelyard.adapters.images_registry_errors import retry_after
+from modelyard.adapters.images_registry_errors_http import retry_after
 from modelyard.adapters.images_registry_http import HOPS, TRIES, Door
 from modelyard.core.errors import Denied, Invalid, ModelyardError, NotFound, Unavailable
 from tests.backends import need

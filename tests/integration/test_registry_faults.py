@@ -18,7 +18,7 @@ from aiohttp import web
 
 from infra.stack.registry import Registry
 from infra.stack.server import run
-from modelyard.adapters import images_registry_errors as errors
+from modelyard.adapters import images_registry_errors_http as errors
 from modelyard.adapters import urls
 from modelyard.adapters.images_registry import RegistryImages
 from modelyard.adapters.images_registry_http import Door

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 from ..core.errors import Denied, Invalid, ModelyardError, NotFound, Unavailable
 from ..ports.images import ImageStore
 from .images_names import MANIFESTS, OCI_CONFIG, OCI_MANIFEST, hex_of, is_manifest, parts, repo_of, tag_of
-from .images_registry_errors import BROKEN, pause
+from .images_registry_errors_http import BROKEN, pause
 from .images_registry_http import TRIES, Door, loopback
 from .images_registry_known import Known
 from .images_registry_tags import MOVED, VERSION, Tags

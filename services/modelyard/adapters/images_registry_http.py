@@ -15,9 +15,9 @@ from yarl import URL
 
 from ..core.errors import Denied, Invalid, ModelyardError, Unavailable
 from ..core.version import __version__
-from .images_registry_errors import BROKEN, broken, pause, refused, said
+from .images_registry_errors_http import BROKEN, broken, pause, refused, said
 from .images_registry_login import HUB
-from .images_registry_tokens import Allowed
+from .images_registry_tokens_http import Allowed
 
 TRIES = 5
 CONNECT_S = 10.0

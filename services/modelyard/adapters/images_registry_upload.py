@@ -10,7 +10,7 @@ from contextlib import suppress
 from yarl import URL
 
 from ..core.errors import Invalid, ModelyardError, NotFound, Unavailable
-from .images_registry_errors import BROKEN, pause
+from .images_registry_errors_http import BROKEN, pause
 from .images_registry_http import TRIES, Door, Reply
 
 PART = 4 << 20

@@ -43,6 +43,8 @@ async def step(ctx: Context, doc: Image) -> Change[Image]:
 async def build(ctx: Context, doc: Image) -> Change[Image]:
     """Builds; a failure of the owner's making is an outcome, any other is raised and tried again."""
     log, began = BuildLog(log_file(ctx, doc)), time.monotonic()
+    if doc.phase == "building":  # whoever began it may have died
+        await asyncio.to_thread(_swept, ctx, doc)
     async with log.shown(ctx, doc):
         outcome = await _outcome(ctx, doc, log)
     if isinstance(outcome, Result):

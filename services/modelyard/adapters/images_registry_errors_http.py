@@ -51,11 +51,11 @@ def refused(host: str, about: str, status: int, headers: Mapping[str, str], said
     if status == 404:
         return NotFound(f"{about}: the registry {host} does not know it{said}")
     wait = retry_after(headers)
-    later = {} if wait is None else {"retry_after": wait}
+    later: dict[str, Any] = {} if wait is None else {"retry_after": wait}
     if status == 429:
         until = f"; it wants to be left alone for {wait:.0f} s" if wait is not None and wait > PATIENCE_S else ""
         return Unavailable(f"{about}: the registry {host} takes no more calls for now{said}{until}",
-                           **({"retry_after": 1} | later))
+                           **{"retry_after": 1, **later})
     if status >= 500:
         return Unavailable(f"{about}: the registry {host} failed with {status}{said}; its log says why", **later)
     return Invalid(f"{about}: the registry {host} refused it with {status}{said}")

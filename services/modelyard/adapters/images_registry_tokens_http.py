@@ -14,7 +14,7 @@ import aiohttp
 from yarl import URL
 
 from ..core.errors import Denied, Unavailable
-from .images_registry_errors import BROKEN, refused, said
+from .images_registry_errors_http import BROKEN, refused, said
 from .images_registry_login import Login, login
 
 EARLY_S = 10.0
