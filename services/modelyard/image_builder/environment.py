@@ -29,9 +29,9 @@ from .log import BuildLog
 from .memo import Memo, key
 from .model import Image
 from .tarring import GZIP_LEVEL, Entry, Layer, tar
-from .wheels import LARGE, Distribution, distributions, grouped
+from .wheels import LARGE, Distribution, clashing, distributions, grouped, taken_from
 
-FORMAT = 2
+FORMAT = 3
 BLOBS = "blobs-v1"
 _BUSY: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -112,6 +112,7 @@ class Environments:
             found = await asyncio.to_thread(distributions, root, self.doc.python_version)
         except (KeyError, ValueError, csv.Error, FileNotFoundError) as exc:
             raise BuildFailed(f"a package is not installed as wheels are: {exc}") from exc
+        found = await self.apart(found, lock, folder)
         squeezed, sent, groups = asyncio.Semaphore(2), asyncio.Semaphore(store.UPLOADS), grouped(found)
 
         async def one(number: int, title: str, entries: list[Entry]) -> Layer:
@@ -128,6 +129,17 @@ class Environments:
         await asyncio.to_thread(self.cache.prune)
         packages = [d.told(wheel_of(d, lock, wheels)) for d in found]
         return {"layers": store.pack(layers), "packages": packages}
+
+    async def apart(self, found: list[Distribution], lock: Lock, folder: Path) -> list[Distribution]:
+        """Distributions with files of the same name are installed once more, each alone: an image has the same files
+        every time, and of two the one whose layer, or name, comes last."""
+        again: dict[str, Path] = {}
+        for one in clashing(found):
+            alone = folder / f"alone-{len(again)}"
+            await asyncio.to_thread(alone.mkdir)
+            own = Lock(tuple(pin for pin in lock.pins if pin.name == canonicalize_name(one.name)))
+            again[one.name] = await uv.install(own, self.doc.python_version, self.doc.platform, alone, self.log)
+        return await asyncio.to_thread(taken_from, found, again, self.doc.python_version) if again else found
 
     def keep(self, layer: Layer, out: Path) -> None:
         """A layer's file goes to the cache. Blocking."""

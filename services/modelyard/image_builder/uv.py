@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import os
 import re
 import signal
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ..core.errors import BuildFailed
+from ..core.errors import BuildFailed, Unavailable
 from .locks import Lock, read_lock
-from .log import BuildLog
+from .log import CREDENTIALS, BuildLog
 
 RESOLVE_S, INSTALL_S = 300.0, 1200.0
 PLATFORMS = {"linux/amd64": "x86_64-manylinux_2_28", "linux/arm64": "aarch64-manylinux_2_28"}
@@ -30,6 +31,9 @@ DECIDES = re.compile(r"^(XDG_CONFIG_HOME|UV_(DEFAULT_INDEX|INDEX|INDEX_URL|INDEX
                      r"|NO_INDEX|CONFIG_FILE|EXCLUDE_NEWER))$")
 QUIET = ("--color", "never", "--no-progress")
 EXPLAINED = re.compile(r"[×╰─▶│|]+|\bcause:")
+FULL = re.compile(r"No space left on device|os error 28|Disk quota exceeded|os error 122|os error 27")
+HELPS = re.compile(r"only found wheels|Wheels are available|could not be queried")
+"""In uv's hints: for which platforms there are wheels, which index wants credentials. The others are about uv."""
 OFFLINE = re.compile(r"error sending request|dns error|Failed to fetch|network (was|is) disabled", re.IGNORECASE)
 
 
@@ -71,7 +75,7 @@ async def install(lock: Lock, python: str, platform: str, folder: Path, log: Bui
     """Unpacks exactly the locked wheels into a folder; nothing of them is run or built."""
     listed, into = folder / "requirements.lock", folder / "site-packages"
     await asyncio.to_thread(listed.write_text, lock.text, "utf-8")
-    await run("installing the packages", ["pip", "install", "--requirements", listed.name, "--target", into.name,
+    await run_known("installing the packages", ["pip", "install", "--requirements", listed.name, "--target", into.name,
               "--require-hashes", "--no-deps", "--no-compile-bytecode", *QUIET, *target(python, platform)],
               folder, INSTALL_S, log)
     return into
@@ -82,7 +86,7 @@ async def wheels(lock: Lock, python: str, platform: str, folder: Path, log: Buil
     there for the installation, does not tell."""
     listed, told = folder / "installed.lock", folder / "pylock.toml"
     await asyncio.to_thread(listed.write_text, lock.text, "utf-8")
-    await run("looking up the wheels", ["pip", "compile", listed.name, "--format", "pylock.toml", "--output-file",
+    await run_known("looking up the wheels", ["pip", "compile", listed.name, "--format", "pylock.toml", "--output-file",
               told.name, "--no-deps", "--no-header", "--no-annotate", "--quiet", *QUIET, *target(python, platform)],
               folder, RESOLVE_S, log)
     found = tomllib.loads(await asyncio.to_thread(told.read_text, "utf-8"))
@@ -95,11 +99,27 @@ def _file_name(wheel: Mapping[str, Any]) -> str:
     return unquote(str(given).rpartition("/")[2])
 
 
+async def run_known(what: str, arguments: Sequence[str], folder: Path, seconds: float, log: BuildLog,
+                    *more: Any) -> None:
+    """As ``run``, of what is locked: when the index does not answer, uv's cache may have all that is needed."""
+    try:
+        await run(what, arguments, folder, seconds, log, *more)
+    except BuildFailed as exc:
+        if not exc.detail.get("unreachable"):
+            raise
+        await log.line("the package index does not answer; looking for the locked wheels in uv's cache")
+        try:
+            await run(what, [*arguments, "--offline"], folder, seconds, log, *more)
+        except BuildFailed:
+            raise exc from None
+
+
 async def run(what: str, arguments: Sequence[str], folder: Path, seconds: float, log: BuildLog) -> None:
     """Runs uv; what it says goes to the log line by line. BuildFailed with the heart of it when it fails."""
     program = await asyncio.to_thread(_binary)
+    more = ("--no-index",) if arguments[0] == "pip" and _on(os.environ.get("UV_NO_INDEX", "")) else ()
     process = await asyncio.create_subprocess_exec(
-        program, *arguments, cwd=folder, env=environment(), stdin=asyncio.subprocess.DEVNULL,
+        program, *arguments, *more, cwd=folder, env=environment(), stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True, limit=1 << 20)
     said: list[str] = []
     try:
@@ -118,17 +138,35 @@ async def run(what: str, arguments: Sequence[str], folder: Path, seconds: float,
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
     if process.returncode:
-        raise BuildFailed(f"{what} failed: {explain(said)}")
+        if FULL.search("\n".join(said)):
+            raise Unavailable(f"{what} failed: the disk is full ({folder}, or uv's cache); free some space")
+        raise BuildFailed(f"{what}{_whom(arguments)} failed: {explain(said)}",
+                          unreachable=bool(OFFLINE.search(" ".join(said))))
+
+
+def _on(text: str) -> bool:
+    """Of a switch in the environment. uv itself knows some of them as options only."""
+    return text.lower() in ("1", "true", "yes", "on")
+
+
+def _whom(arguments: Sequence[str]) -> str:
+    """For whom packages are chosen, as ``target`` says it."""
+    said = dict(itertools.pairwise(arguments))
+    names = {ours: name for name, ours in PLATFORMS.items()}
+    platform = names.get(said.get("--python-platform", ""))
+    return f" for {platform} and Python {said.get('--python-version')}" if platform else ""
 
 
 def explain(said: Sequence[str]) -> str:
     """One line out of uv's report."""
     text = " ".join(" ".join(EXPLAINED.sub(" ", line) for line in said).split())
+    text = CREDENTIALS.sub("***@", text.partition("error: ")[2] or text)
     if OFFLINE.search(text):
         return f"the package index does not answer; see the log ({text[:300]})"
-    text = text.partition(" hint: ")[0].removeprefix("error: ")
+    text, *hints = text.split(" hint: ")
+    hint = "".join(f" ({one})" for one in dict.fromkeys(hints) if HELPS.search(one))[:500]
     text = re.sub("^No solution found when resolving dependencies:? ", "", text)
-    return text[:1000] or "uv gave no reason"
+    return text[:1000 - len(hint)] + hint or "uv gave no reason"
 
 
 @functools.cache
