@@ -112,7 +112,8 @@ async def test_mlflow_folders(yard: Yard, tmp_path: Path) -> None:
         ("function", {"MLmodel": SIGNED, "python_model.pkl": b"x"}), ("native", {"MLmodel": SIGNED, "model.pkl": b"x"}),
         ("neither", {"MLmodel": b"flavors: {}", "model.h5": b"x"}))]
     for name, data, trusted, told in (
-            ("function", function, True, ""), ("native", native, True, ""), ("wild", function, False, "python_function"),
+            ("function", function, True, ""), ("native", native, True, ""),
+            ("wild", function, False, "python_function"),
             ("pickle", native, False, "a pickle"), ("neither", neither, True, "no python_function")):
         model = await yard.register(name, data, framework="mlflow", unpack=True, trusted=trusted)
         doc = await flavoured(yard, model)

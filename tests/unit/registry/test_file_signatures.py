@@ -147,7 +147,8 @@ async def test_odd_files_say_nothing_and_break_nothing(registry: Registry, data:
     assert (await registry.register(data=data, **spec))["signature"] is None
 
 
-@pytest.mark.parametrize("said", [DEEP, BOMB, b"signature: {inputs: '[[', outputs: 3}", b"[1, 2]", b"\xff\xfe{", b"!!x y",
+@pytest.mark.parametrize("said", [DEEP, BOMB, b"signature: {inputs: '[[', outputs: 3}", b"[1, 2]", b"\xff\xfe{",
+                                  b"!!x y",
                                   b"saved_input_example_info: {artifact_path: '../../etc/passwd', type: ndarray}"])
 async def test_odd_mlflow_folders(registry: Registry, tmp_path: Path, said: bytes) -> None:
     made = await folder(tmp_path / "odd", MLmodel=said, **{"input_example.json": b"{"})

@@ -110,10 +110,10 @@ async def test_without_a_signature(tmp_path: Path, folders: dict[str, Any]) -> N
 
 
 async def test_what_does_not_start(tmp_path: Path, folders: dict[str, Any]) -> None:
-    with pytest.raises(CannotStart, match="model sum:1.*trusted: true"):
+    with pytest.raises(CannotStart, match=r"model sum:1.*trusted: true"):
         async with open_plane(tmp_path / "a", models=[{**folders["sum"], "trusted": False}]):
             pass
-    with pytest.raises(CannotStart, match="sum:1 cannot score its own sample.*too much"):
+    with pytest.raises(CannotStart, match=r"sum:1 cannot score its own sample.*too much"):
         async with open_plane(tmp_path / "b", models=[{**folders["sum"], "sample": {"a": [1e7], "b": [1]}}]):
             pass
     (tmp_path / "empty").mkdir()

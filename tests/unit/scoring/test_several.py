@@ -50,7 +50,8 @@ def models(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     x, y = load_iris(return_X_y=True)
     lightgbm.LGBMClassifier(n_estimators=3, verbose=-1, n_jobs=1).fit(x, y).booster_.save_model(folder / "light.txt")
     xgboost.XGBClassifier(n_estimators=3, n_jobs=1).fit(x, y).save_model(folder / "extreme.ubj")
-    mlflow.pyfunc.save_model(folder / "function", python_model=Longest(), pip_requirements=["mlflow"], input_example=x[:2],
+    mlflow.pyfunc.save_model(folder / "function", python_model=Longest(), pip_requirements=["mlflow"],
+                             input_example=x[:2],
                              signature=infer_signature(x, x.max(axis=1)))
     row = {"inputs": [{"name": "input-0", "datatype": "FP64", "shape": [-1, 4]}], "outputs": []}
     return [

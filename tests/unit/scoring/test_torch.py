@@ -1,5 +1,5 @@
-"""TorchScript and exported programs, run by PyTorch itself where it is installed: for Linux the package index has it with
-CUDA only, gigabytes, so the project's own tests do not bring it. Debian's ``python3-torch`` is enough."""
+"""TorchScript and exported programs, run by PyTorch itself where it is installed: for Linux the package index has it
+with CUDA only, gigabytes, so the project's own tests do not bring it. Debian's ``python3-torch`` is enough."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ async def test_torchscript(tmp_path: Path) -> None:
             assert await infer(plane, x=X.astype("f8"), bias=BIAS.astype(">f4")) == expected
             assert await score(plane, {"x": X.tolist(), "bias": BIAS.tolist()}) == expected
             calls = [grpc_call("m", Tensor("x", X[n:n + 1]), Tensor("bias", BIAS[n:n + 1])) for n in (0, 1)]
-            answers = await plane.handle([*calls, grpc_call("m", Tensor("x", X), Tensor("bias", BIAS), outputs=("no",))])
+            wrong = grpc_call("m", Tensor("x", X), Tensor("bias", BIAS), outputs=("no",))
+            answers = await plane.handle([*calls, wrong])
             assert [a.status for a in answers] == ["OK", "OK", "INVALID_ARGUMENT"]
             for answer, row in zip(answers, ([15.5], [31.5]), strict=False):
                 assert read_response(answer.body).tensors[0].array.tolist() == [row]
@@ -93,7 +94,7 @@ async def test_torchscript(tmp_path: Path) -> None:
 
 
 async def test_exported_programs(tmp_path: Path) -> None:
-    with pytest.raises(CannotStart, match="m:1.*trusted: true"):
+    with pytest.raises(CannotStart, match=r"m:1.*trusted: true"):
         async with open_plane(tmp_path / "no", models=[entry(GOLDEN / "program.pt2")]):
             pass
     async with open_plane(tmp_path / "yes", models=[entry(GOLDEN / "program.pt2", trusted=True)]) as plane:
