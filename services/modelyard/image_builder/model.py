@@ -72,6 +72,7 @@ class Image(Document):
     properties: dict[str, str] = Field(default_factory=dict)
     description: str = ""
     auto_delete: bool = False
+    timeout_s: int = 1800
 
     phase: Phase = "queued"
     reason: str | None = None
