@@ -290,7 +290,7 @@ def watch(child: int, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _over(plan: dict[str, Any]) -> str:
-    memory = threads = 0
+    memory, threads = 0, 1  # ourselves: the kernel counts us, too
     for name in os.listdir("/proc"):
         if not name.isdigit() or name == "1":
             continue

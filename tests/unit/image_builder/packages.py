@@ -23,7 +23,7 @@ def build_wheel(out, settings=None, metadata=None):
         wheel.writestr("{name}/__init__.py", "MADE = 1\\n")
         info = "{name}-{version}.dist-info/"
         wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n{metadata}")
-        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\\nGenerator: x\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
         wheel.writestr(info + "RECORD", "{name}/__init__.py,,\\n" + info + "METADATA,,\\n" + info + "WHEEL,,\\n"
                        + info + "RECORD,,\\n")
     return name
@@ -36,7 +36,7 @@ def wheel(folder: Path, name: str, version: str, files: Mapping[str, str] = {}) 
     path, info = folder / f"{plain}-{version}-py3-none-any.whl", f"{plain}-{version}.dist-info"
     texts = {f"{plain}/__init__.py": "", **files,
              f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-             f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+             f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
     texts[f"{info}/RECORD"] = "".join(f"{one},,\n" for one in [*texts, f"{info}/RECORD"])
     with zipfile.ZipFile(path, "w") as packed:
         for one, text in texts.items():
@@ -49,7 +49,8 @@ def sdist(folder: Path, name: str, version: str, code: str = "", requires: str =
     """A package that exists only as source, built by a backend of its own that runs ``code`` when it is loaded."""
     path = folder / f"{name}-{version}.tar.gz"
     texts = {"PKG-INFO": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-             "pyproject.toml": f'[build-system]\nrequires = {requires}\nbuild-backend = "backend"\nbackend-path = ["."]\n',
+             "pyproject.toml": f"[build-system]\nrequires = {requires}\n"
+                               'build-backend = "backend"\nbackend-path = ["."]\n',
              "backend.py": BACKEND.format(code=code, name=name, version=version, metadata=metadata), **files}
     with tarfile.open(path, "w:gz") as archive:
         for one, text in texts.items():
