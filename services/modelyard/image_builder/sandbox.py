@@ -32,7 +32,7 @@ HIDDEN = ("/usr/local/etc",)
 START_S = 30.0
 RESULT = re.compile(r"[A-Za-z0-9_][\w.+!-]{0,250}", re.ASCII)
 HELP = ("code that is not ours runs in a sandbox only, and this machine does not let us make one ({why}); let the user "
-        "that runs the image builder make user namespaces (sysctl user.max_user_namespaces=10000, "
+        "who runs the image builder make user namespaces (sysctl user.max_user_namespaces=10000, "
         "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in a container a seccomp "
         "profile that allows unshare and mount), or give wheels: UV_FIND_LINKS names a folder of them")
 
@@ -86,6 +86,8 @@ async def run(
     Unsafe where no sandbox can be made; BuildFailed when it failed or went over a limit: nothing of it is left then,
     and nothing that it started. Cancelled, it is gone as well.
     """
+    if sys.platform != "linux":
+        raise Unsafe(f"{what} is not possible here: " + HELP.format(why=f"it runs {sys.platform}, not Linux"))
     stage = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="sandbox-", dir=folder))
     done: dict[str, Path] | None = None
     try:
@@ -109,7 +111,7 @@ async def run(
     if done is not None:
         return done
     if ended.get("ended") == "refused":
-        raise Unsafe(f"{what} cannot be done here: " + HELP.format(why=why))
+        raise Unsafe(f"{what} is not possible here: " + HELP.format(why=why))
     raise BuildFailed(f"{what} failed: {why}" + (f"; its last words: {last}" if last else ""))
 
 
@@ -223,11 +225,11 @@ def _append(path: Path, chunk: bytes) -> None:
         out.write(chunk)
 
 
-async def trouble() -> str:
-    """Why no sandbox can be made here, "" when it can: one is made, and does nothing."""
+def trouble() -> str:
+    """Why no sandbox can be made here, "" when it can: one is made, and does nothing. Not within a running loop."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            await run("a sandbox", ["/bin/sh", "-c", ":"], Path(folder), limits=Limits(wall_s=START_S))
+            asyncio.run(run("a sandbox", ["/bin/sh", "-c", ":"], Path(folder), limits=Limits(wall_s=START_S)))
         except BuildFailed as exc:
             return exc.message
     return ""

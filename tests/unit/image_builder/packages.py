@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from modelyard.image_builder import sandbox
+from tests.backends import required
+
 SERVER = {"aiohttp": "3.12.0", "grpcio": "1.80.0", "grpcio-health-checking": "1.80.0", "grpcio-reflection": "1.80.0",
           "h2corn": "2.0.0", "numpy": "2.0.0", "orjson": "3.10.0", "prometheus-client": "0.21.0", "protobuf": "7.0.0",
           "uvloop": "0.21.0"}
@@ -74,3 +77,10 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def sandboxed() -> None:
+    """Only where the kernel lets us make a sandbox; MODELYARD_REQUIRE=sandbox makes its absence a failure."""
+    if trouble := sandbox.trouble():
+        (pytest.fail if "sandbox" in required() else pytest.skip)(trouble)
