@@ -67,6 +67,7 @@ class Sdists:
     cache: Cache
     folder: Callable[[], Awaitable[Path]]
     hidden: Sequence[Path]
+    limits: sandbox.Limits = sandbox.LIMITS
     within: tuple[str, ...] = ()
     """What this is for: the packages whose build needs these."""
     made: dict[str, Made] = field(default_factory=dict)
@@ -144,7 +145,8 @@ class Sdists:
             inside = {f"/in/{hook.name}": hook, f"/in/{source.name}": source, **({"/env": tools} if tools else {})}
             found = await sandbox.run(
                 what, ["/env/bin/python" if tools else program, "-sB", f"/in/{hook.name}", f"/in/{source.name}",
-                       json.dumps(given)], here, self.log, shown=inside, hidden=self.hidden, path="/env/bin")
+                       json.dumps(given)],
+                here, self.log, limits=self.limits, shown=inside, hidden=self.hidden, path="/env/bin")
             if wheel := next((path for name, path in found.items() if name.endswith(".whl")), None):
                 await asyncio.to_thread(check, wheel, sdist)
                 return wheel
@@ -161,7 +163,8 @@ class Sdists:
         async def there() -> Path:
             return folder
 
-        own = Sdists(self.python, self.platform, self.log, self.cache, there, self.hidden, (*self.within, sdist.name))
+        own = Sdists(self.python, self.platform, self.log, self.cache, there, self.hidden, self.limits,
+                     (*self.within, sdist.name))
         await self.log.line(f"{sdist.name} {sdist.version} is built with {', '.join(needs) or 'nothing'}")
         lock = Lock(())
         if needs:
