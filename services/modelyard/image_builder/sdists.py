@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from platform import libc_ver
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
@@ -125,6 +126,8 @@ class Sdists:
                 await asyncio.to_thread(self.cache.keep, KIND, name, partial(_kept, wheel))
             digest = await asyncio.to_thread(self.offer, wheel, sdist)
         self.made[sdist.name] = Made(f"{sdist.name}=={sdist.version}", f"sha256:{sha256}", f"sha256:{digest}")
+        if not wheel.name.endswith("-any.whl"):
+            told += f"; compiled for the C library of this machine ({' '.join(libc_ver())}): a base needs one as new"
         await self.log.line(f"{what}: {wheel.name}, sha256:{digest}, {told}")
 
     def earlier(self, name: str) -> Path | None:

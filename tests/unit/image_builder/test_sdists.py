@@ -2,9 +2,13 @@
 
 import asyncio
 import hashlib
+import io
 import json
 import re
+import shutil
 import socket
+import sysconfig
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +17,12 @@ import pytest
 
 from modelyard.image_builder import sdists, uv
 from modelyard.image_builder.locks import read_lock
+from modelyard.image_builder.request import own_platform, own_python
 
 from .conftest import SCORE, Yard, running
 from .packages import index, sdist, wheel  # noqa: F401  (index is a fixture)
 
-OTHER = "linux/arm64"
+OTHER = next(p for p in ("linux/arm64", "linux/amd64") if p != own_platform())
 
 
 async def built(yard: Yard, name: str = "sourced", **spec: Any) -> tuple[dict, str]:
@@ -93,8 +98,8 @@ async def test_what_is_needed_to_build_may_itself_be_source(index: Path, yard: Y
 
 async def test_another_machine_is_refused(index: Path, yard: Yard) -> None:  # noqa: F811
     sdist(index, "foo", "1.0")
-    build = sdists.Sdists("3.11", OTHER, _Quiet(), None, None, ())  # type: ignore[arg-type]
-    with pytest.raises(sdists.BuildFailed, match=r"foo 1\.0 exists only as source \(foo-1\.0\.tar\.gz\).*linux/arm64"):
+    build = sdists.Sdists(own_python(), OTHER, _Quiet(), None, None, ())  # type: ignore[arg-type]
+    with pytest.raises(sdists.BuildFailed, match=r"foo 1\.0 exists only as source \(foo-1\.0\.tar\.gz\).*not for linux/"):
         await build.add(uv.Sdist("foo", "1.0", "foo-1.0.tar.gz", "file:///x", ""), None)
 
 
@@ -194,3 +199,35 @@ def inside() -> list[str]:
         except OSError:
             continue
     return found
+
+
+SETUP = """
+from setuptools import Extension, setup
+setup(name="native", version="1.2", packages=["native"],
+      ext_modules=[Extension("native.fast", ["fast.c"])] if {compiled} else [])
+"""
+FAST = """
+#include <Python.h>
+static struct PyModuleDef about = {PyModuleDef_HEAD_INIT, "fast", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_fast(void) { return PyModule_Create(&about); }
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+async def test_setuptools_and_a_compiler(
+        compiled: bool, tmp_path: Path, yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an index: a setup.py without a pyproject.toml, as most that exist only as source have."""
+    if compiled and not (shutil.which("gcc") and Path(sysconfig.get_path("include"), "Python.h").is_file()):
+        pytest.skip("there is no C compiler here")
+    monkeypatch.setenv("UV_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    texts = {"setup.py": SETUP.format(compiled=compiled), "fast.c": FAST, "native/__init__.py": ""}
+    with tarfile.open(tmp_path / "native-1.2.tar.gz", "w:gz") as archive:
+        for name, text in texts.items():
+            info = tarfile.TarInfo(f"native-1.2/{name}")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+    doc, log = await built(yard, requirements=["native"])
+    assert doc["phase"] == "ready" and "built with setuptools" in log, log
+    assert ("linux_" if compiled else "py3-none-any") in log.partition("native 1.2: ")[2].partition("\n")[0], log
