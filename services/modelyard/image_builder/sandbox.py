@@ -22,6 +22,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..core.errors import BuildFailed
 from .log import BuildLog
@@ -62,8 +63,9 @@ SIGNALS = {signal.SIGXCPU: "it computed for more than {0.cpu_s} s", signal.SIGKI
            signal.SIGXFSZ: "it wrote more than {0.disk} bytes to a file"}
 
 
-class Unsafe(BuildFailed):
-    """No sandbox can be made here."""
+AT_ONCE = 2
+"""Of one builder: each may take its share of memory, and twice as files."""
+_TURNS: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
 
 @functools.cache
@@ -83,11 +85,19 @@ async def run(
     """Runs a command that sees what is ``shown`` (inside → here, read-only) and may write to ``/tmp``; what it left in
     ``/out`` lies in a new folder below ``folder`` afterwards, by name. ``path`` stands before the programs' own.
 
-    Unsafe where no sandbox can be made; BuildFailed when it failed or went over a limit: nothing of it is left then,
+    BuildFailed where no sandbox can be made, when it failed, and when it went over a limit: nothing of it is left then,
     and nothing that it started. Cancelled, it is gone as well.
     """
     if sys.platform != "linux":
-        raise Unsafe(f"{what} is not possible here: " + HELP.format(why=f"it runs {sys.platform}, not Linux"))
+        raise BuildFailed(f"{what} is not possible here: " + HELP.format(why=f"it runs {sys.platform}, not Linux"))
+    async with _TURNS.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE)):
+        return await _run(what, command, folder, log, limits, shown, hidden, path)
+
+
+async def _run(
+    what: str, command: Sequence[str], folder: Path, log: BuildLog | None, limits: Limits, shown: Mapping[str, Path],
+    hidden: Sequence[Path], path: str,
+) -> dict[str, Path]:
     stage = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="sandbox-", dir=folder))
     done: dict[str, Path] | None = None
     try:
@@ -111,7 +121,7 @@ async def run(
     if done is not None:
         return done
     if ended.get("ended") == "refused":
-        raise Unsafe(f"{what} is not possible here: " + HELP.format(why=why))
+        raise BuildFailed(f"{what} is not possible here: " + HELP.format(why=why))
     raise BuildFailed(f"{what} failed: {why}" + (f"; its last words: {last}" if last else ""))
 
 

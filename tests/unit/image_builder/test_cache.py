@@ -68,7 +68,8 @@ async def environment(data: Path, lock: Lock, cache: Cache) -> Built:
             await asyncio.to_thread(scratch.mkdir)
             return scratch
 
-        layers, packages = await Environments(yard.images, doc, log, memo, cache).of(lock, folder)
+        sdists = Sdists(doc.python_version, doc.platform, log, cache, folder, ())
+        layers, packages, _ = await Environments(yard.images, doc, log, memo, cache, sdists).of(lock, folder)
         for layer in layers:
             raw = b"".join([chunk async for chunk in yard.images.images.get_blob(doc.repo, layer.digest)])
             assert f"sha256:{hashlib.sha256(raw).hexdigest()}" == layer.digest

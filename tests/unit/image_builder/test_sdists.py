@@ -20,8 +20,9 @@ from modelyard.image_builder.locks import read_lock
 from modelyard.image_builder.request import own_platform, own_python
 
 from .conftest import SCORE, Yard, running
-from .packages import index, sdist, wheel  # noqa: F401  (index is a fixture)
+from .packages import index, sandboxed, sdist, wheel  # noqa: F401  (fixtures)
 
+pytestmark = pytest.mark.usefixtures("sandboxed")
 OTHER = next(p for p in ("linux/arm64", "linux/amd64") if p != own_platform())
 
 
@@ -99,7 +100,8 @@ async def test_what_is_needed_to_build_may_itself_be_source(index: Path, yard: Y
 async def test_another_machine_is_refused(index: Path, yard: Yard) -> None:  # noqa: F811
     sdist(index, "foo", "1.0")
     build = sdists.Sdists(own_python(), OTHER, _Quiet(), None, None, ())  # type: ignore[arg-type]
-    with pytest.raises(sdists.BuildFailed, match=r"foo 1\.0 exists only as source \(foo-1\.0\.tar\.gz\).*not for linux/"):
+    told = r"foo 1\.0 exists only as source \(foo-1\.0\.tar\.gz\).*not for linux/"
+    with pytest.raises(sdists.BuildFailed, match=told):
         await build.add(uv.Sdist("foo", "1.0", "foo-1.0.tar.gz", "file:///x", ""), None)
 
 
