@@ -16,6 +16,7 @@ from modelyard.image_builder.locks import Lock, read_lock
 from modelyard.image_builder.log import BuildLog
 from modelyard.image_builder.memo import KIND, Memo
 from modelyard.image_builder.model import Image
+from modelyard.image_builder.sdists import Sdists
 from modelyard.kernel.cache import Cache
 
 from .conftest import running
