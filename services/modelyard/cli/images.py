@@ -66,6 +66,8 @@ def build(
     platform: Annotated[str | None, typer.Option(help="linux/amd64 or linux/arm64.")] = None,
     base: Base = None,
     env: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Public environment, baked in.")] = None,
+    time_limit: Annotated[int | None, typer.Option(
+        min=1, metavar="SECONDS", help="A build that takes longer fails: 1800 unless said otherwise.")] = None,
     tag: Tags = None, property: Properties = None, description: Description = None, wait: Wait = True,
     output: Output = Format.table,
 ) -> None:
@@ -81,7 +83,8 @@ def build(
         image = yard.images.build(
             name, models=model or [], score=score, requirements=needs, lock=lock, python=python,
             platform=platform, base=base, env=pairs(env, "--env"), tags=pairs(tag, "--tag"),
-            properties=pairs(property, "--property"), description=description, on_progress=steps)
+            properties=pairs(property, "--property"), description=description, timeout_s=time_limit,
+            on_progress=steps)
         if wait:
             image = built(yard, image, steps)
         steps.done(f"image {image.id} is {image.phase}")

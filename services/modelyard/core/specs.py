@@ -162,6 +162,8 @@ class ImageSpec(Spec):
     properties: TextMap
     description: Annotated[StrictStr, Field(max_length=8192)] = ""
     auto_delete: bool = False
+    timeout_s: Annotated[int, Field(ge=1, le=86_400)] = 1800
+    """A build that takes longer, in seconds, fails."""
 
 
 class Traffic(Spec):

@@ -34,6 +34,7 @@ from .provenance import Origin, statement
 from .pull import Pull
 from .referrers import NAMES
 from .sbom import Contents, sbom
+from .sdists import Sdists, by_name
 from .tarring import Layer
 
 RESOLVED_S = 24 * 3600
@@ -99,8 +100,7 @@ class Build:
         self.server = await asyncio.to_thread(server_requirements)
         if doc.base is not None:
             await self.stand_on(doc.base)
-        lock = await self.locked(await self.fetch())
-        await self.environment(lock)
+        lock = await self.environment(await self.locked(await self.fetch()))
         pieces = await self.work(self.pieces)
         self.layers += await store.together([self.added(made) for made in pieces])
         for place, layer in zip(self.places, self.model_layers(), strict=True):
@@ -199,7 +199,10 @@ class Build:
                 return read_lock(found["lock"])[0]
         await self.log.line(f"requirements: {', '.join(wanted)}"
                             + (f"; within {', '.join(bounds)}" if bounds else ""))
-        lock = await uv.resolve(wanted, bounds, doc.python_version, doc.platform, await self.scratch.folder(), self.log)
+        folder, sdists = await self.scratch.folder(), self.sdists
+        lock = sdists.locked(await sdists.with_them(
+            lambda links: uv.resolve(wanted, bounds, doc.python_version, doc.platform, folder, self.log, links),
+            by_name([*wanted, *bounds])))
         await self.memo.put(name, {"at": time.time(), "lock": lock.text}, shared=True)
         return lock
 
@@ -212,13 +215,23 @@ class Build:
                 needs.add(parts.PINS[place.kind].format(place.model.framework_version.partition("+")[0]))
         return needs
 
-    async def environment(self, lock: Lock) -> None:
-        """The layers of the locked packages, from an earlier build or made now."""
+    async def environment(self, lock: Lock) -> Lock:
+        """The layers of the locked packages, from an earlier build or made now; the lock as it is to be kept."""
         if not lock.pins:
-            return
-        known = Environments(self.ctx, self.doc, self.log, self.memo, self.cache)
-        layers, self.packages = await known.of(lock, self.scratch.folder)
+            return lock
+        known = Environments(self.ctx, self.doc, self.log, self.memo, self.cache, self.sdists)
+        layers, self.packages, whole = await known.of(lock, self.scratch.folder)
         self.layers += layers
+        if whole != lock:
+            await self.ctx.blobs.put(
+                image_key(self.doc.workspace, self.doc.id, "lock"), store.Chunks(whole.text.encode()))
+        return whole
+
+    @functools.cached_property
+    def sdists(self) -> Sdists:
+        """What of it exists only as source; asked for once the Python is known."""
+        return Sdists(self.doc.python_version, self.doc.platform, self.log, self.cache, self.scratch.folder,
+                      (self.ctx.data,))
 
     # -- the other layers -----------------------------------------------------------------------------------------
 

@@ -58,7 +58,13 @@ async def _outcome(ctx: Context, doc: Image, log: BuildLog) -> Result | str:
     try:
         await sources.hold_once(ctx, doc)
         doc = await ctx.change(Image, doc.id, lambda d: building(d, ctx.now()), workspace=doc.workspace)
-        return await Build(ctx, doc, log, scratch).run()
+        async with asyncio.timeout(doc.timeout_s) as limit:
+            return await Build(ctx, doc, log, scratch).run()
+    except TimeoutError:
+        if limit.expired():
+            return (f"the build took longer than {doc.timeout_s} s; the log says how far it came. Where it needs more, "
+                    "ask for the image with a higher timeout_s")
+        raise
     except BuildFailed as exc:
         return exc.message
     except (Unavailable, Denied) as exc:  # Denied: of a store of ours, to which somebody will let us in

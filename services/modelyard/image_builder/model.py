@@ -76,6 +76,7 @@ class Image(Document):
     properties: dict[str, str] = Field(default_factory=dict)
     description: str = ""
     auto_delete: bool = False
+    timeout_s: int = 1800
 
     phase: Phase = "queued"
     reason: str | None = None

@@ -14,6 +14,7 @@ from modelyard.image_builder.locks import Lock, read_lock
 from modelyard.image_builder.log import BuildLog
 from modelyard.image_builder.memo import KIND, Memo
 from modelyard.image_builder.model import Image
+from modelyard.image_builder.sdists import Sdists
 from modelyard.kernel.cache import Cache
 from tests.wheelhouse import locked, wheel
 
@@ -55,7 +56,8 @@ async def environment(data: Path, lock: Lock, cache: Cache) -> Built:
             await asyncio.to_thread(scratch.mkdir)
             return scratch
 
-        layers, packages = await Environments(yard.images, doc, log, memo, cache).of(lock, folder)
+        sdists = Sdists(doc.python_version, doc.platform, log, cache, folder, ())
+        layers, packages, _ = await Environments(yard.images, doc, log, memo, cache, sdists).of(lock, folder)
         for layer in layers:
             raw = b"".join([chunk async for chunk in yard.images.images.get_blob(doc.repo, layer.digest)])
             assert f"sha256:{hashlib.sha256(raw).hexdigest()}" == layer.digest
