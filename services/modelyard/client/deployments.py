@@ -66,9 +66,9 @@ class AsyncDeployment(DeploymentFields):
         deployment has no address yet."""
         from .inference import AsyncScoringClient
 
-        return AsyncScoringClient(self.grpc_address, **self.terms(options))
+        return AsyncScoringClient(self.grpc_address, **self._terms(options))
 
-    def terms(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _terms(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a scoring client, with what this deployment makes of those that are not given."""
         from .inference import CONNECTIONS
 

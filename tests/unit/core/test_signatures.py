@@ -86,6 +86,7 @@ def test_samples_that_are_kept() -> None:
     for large in ({"columns": ["a"], "data": rows}, rows, {"a": rows, "b": rows}):
         cut = fitting(large)
         assert small(cut) and not small(large)
-        assert len(cut["a"] if isinstance(cut, dict) and "a" in cut else cut.get("data", cut)) == 1
+        kept = cut if isinstance(cut, list) else cut.get("a") or cut["data"]
+        assert len(kept) == 1
     assert fitting({"data": [["x" * SAMPLE_BYTES]]}) is None
     assert fitting("text") is None and fitting({}) is None and fitting({"a": "x" * SAMPLE_BYTES}) is None
