@@ -83,10 +83,10 @@ def main() -> int:
         return 0
     for name in reversed(names) if args.verb == "stop" else names:
         try:
-            print(f"{name:9} {one(args.verb, name)}", flush=True)
+            print(f"{name:10} {one(args.verb, name)}", flush=True)
         except StackError as exc:
             failed = True
-            print(f"{name:9} not here: {exc}", file=sys.stderr, flush=True)
+            print(f"{name:10} not here: {exc}", file=sys.stderr, flush=True)
     return 1 if failed and not args.available else 0
 
 
