@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from . import kubernetes_build as programs
 from . import kubernetes_node as node
@@ -85,10 +84,13 @@ class Kubernetes(Server):
         return [str(self.home() / "kubectl"), f"--kubeconfig={self.url}", *arguments]
 
     def answers(self) -> bool:
-        """The node takes pods, and the account that they run by is there."""
+        """The node takes pods, and the account that they run by is there. Its kubelet is asked itself too: what a node
+        that was killed had said last is still written."""
         found = self._ask(f"/api/v1/nodes/{settings.NAME}")
+        if not found or self._ask(f"/api/v1/nodes/{settings.NAME}/proxy/healthz") != b"ok":
+            return False
         ready = any(one["type"] == "Ready" and one["status"] == "True"
-                    for one in found.get("status", {}).get("conditions", ()))
+                    for one in json.loads(found)["status"].get("conditions", ()))
         return ready and bool(self._ask("/api/v1/namespaces/default/serviceaccounts/default"))
 
     def stop(self) -> None:
@@ -105,17 +107,16 @@ class Kubernetes(Server):
         super().kill()
         self._ended(inside)
 
-    def _ask(self, path: str) -> dict[str, Any]:
+    def _ask(self, path: str) -> bytes:
         """What the API server answers; nothing when it is no success."""
         trusted = ssl.create_default_context(cafile=self.place.pem("ca.crt"))
         trusted.load_cert_chain(self.place.pem("admin.crt"), self.place.pem("admin.key"))
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError), contextlib.closing(
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(
                 http.client.HTTPSConnection(self.place.node, self.port, timeout=5, context=trusted)) as asked:
             asked.request("GET", path)
             answer = asked.getresponse()
-            found: dict[str, Any] = json.loads(answer.read()) if answer.status == 200 else {}
-            return found
-        return {}
+            return answer.read() if answer.status == 200 else b""
+        return b""
 
     def _prepare(self) -> None:
         from . import kubernetes_pki as pki  # it needs a package, which a machine that runs no node may lack

@@ -185,7 +185,7 @@ def _kubelet(place: Place) -> dict[str, Any]:
         "tlsCertFile": place.pem("kubelet.crt"), "tlsPrivateKeyFile": place.pem("kubelet.key"),
         "containerRuntimeEndpoint": f"unix://{CONTAINERD}", "resolvConf": str(place.folder / "resolv.conf"),
         "cgroupDriver": "cgroupfs", "cgroupRoot": f"/{place.cgroup}", "failCgroupV1": False, "failSwapOn": False,
-        "localStorageCapacityIsolation": False, "oomScoreAdj": 0, "serializeImagePulls": False,
+        "oomScoreAdj": 0, "serializeImagePulls": False,
         # a developer's disk may be nearly full, and it is not the node's to clear
         "evictionHard": {"memory.available": "100Mi"}, "imageGCHighThresholdPercent": 100,
         "imageGCLowThresholdPercent": 99,
