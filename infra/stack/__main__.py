@@ -20,6 +20,8 @@ VERBS = {
 }
 SETTINGS = {"kafka": ("bus", ""), "mongo": ("store", ""), "azure": ("blobs", "/modelyard"),
             "registry": ("images", "/modelyard")}
+TARGETS = ("docker",)
+"""Those that models are deployed to."""
 
 
 def one(verb: str, name: str) -> str:
@@ -51,7 +53,7 @@ def settings(names: list[str]) -> str:
         if status.state == "running" and name in SETTINGS:
             setting, place = SETTINGS[name]
             lines.append(f'{setting} = "{status.url}{place}"')
-        elif status.state == "running":
+        elif status.state == "running" and name in TARGETS:
             targets.append(f'{name} = "{status.url}"')
     return "\n".join([*lines, "", "[targets]", *targets])
 

@@ -1,4 +1,4 @@
-"""Kubernetes, a whole node: API server, controllers, scheduler, kubelet, kube-proxy, etcd, containerd, a bridge of pods.
+"""Kubernetes, a whole node: API server, controllers, scheduler, kubelet, kube-proxy, etcd, containerd, a bridge.
 
     with Kubernetes(tmp_path / "kubernetes") as cluster:
         cluster.kubectl("get", "nodes")           # or any client, with the kubeconfig that cluster.url names

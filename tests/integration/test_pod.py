@@ -1,4 +1,4 @@
-"""An image made here is a pod's image: by its digest, from the registry that it was pushed to, with no rights at all."""
+"""An image made here is a pod's image: by its digest, from the registry that it was pushed to, with no rights."""
 
 from __future__ import annotations
 
