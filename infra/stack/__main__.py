@@ -20,6 +20,8 @@ VERBS = {
 }
 SETTINGS = {"kafka": ("bus", ""), "mongo": ("store", ""), "azure": ("blobs", "/modelyard"),
             "registry": ("images", "/modelyard")}
+TARGETS = ("docker",)
+"""Those that models are deployed to."""
 
 
 def one(verb: str, name: str) -> str:
@@ -51,7 +53,7 @@ def settings(names: list[str]) -> str:
         if status.state == "running" and name in SETTINGS:
             setting, place = SETTINGS[name]
             lines.append(f'{setting} = "{status.url}{place}"')
-        elif status.state == "running":
+        elif status.state == "running" and name in TARGETS:
             targets.append(f'{name} = "{status.url}"')
     return "\n".join([*lines, "", "[targets]", *targets])
 
@@ -83,10 +85,10 @@ def main() -> int:
         return 0
     for name in reversed(names) if args.verb == "stop" else names:
         try:
-            print(f"{name:9} {one(args.verb, name)}", flush=True)
+            print(f"{name:10} {one(args.verb, name)}", flush=True)
         except StackError as exc:
             failed = True
-            print(f"{name:9} not here: {exc}", file=sys.stderr, flush=True)
+            print(f"{name:10} not here: {exc}", file=sys.stderr, flush=True)
     return 1 if failed and not args.available else 0
 
 
