@@ -136,7 +136,7 @@ async def test_models_that_are_not_what_they_claim(tmp_path: Path, files: dict[s
         ({"file": odd}, "time.sleep|not trusted"),
         ({"file": files["onnx"], "framework": "scikit-learn"}, "pickle"),
         ({"file": files["skops"], "framework": "onnx"}, "not an ONNX graph"),
-        ({"file": files["onnx"], "framework": "pytorch"}, "scoring file"),
+        ({"file": files["onnx"], "framework": "keras"}, "scoring file"),
     ]
     for n, (fields, said) in enumerate(cases):
         with pytest.raises(CannotStart, match=said):
