@@ -75,7 +75,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m infra.stack", description=__doc__)
     parser.add_argument("verb", choices=VERBS, help="; ".join(f"{verb}: {what}" for verb, what in VERBS.items()))
     parser.add_argument("servers", nargs="*", metavar="SERVER",
-                        help=f"{', '.join(SERVERS)}; standins: {', '.join(standins.ALL)}; none named: all, but start and install leave out {', '.join(LATER)}")
+                        help=f"{', '.join(SERVERS)}; standins: {', '.join(standins.ALL)}; none named: all, "
+                        f"but start and install leave out {', '.join(LATER)}")
     parser.add_argument("--available", action="store_true", help="a server that cannot run here is no failure")
     args = parser.parse_args()
     failed = False
