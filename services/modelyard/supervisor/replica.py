@@ -217,11 +217,7 @@ class Replica:
 
     def _stuck_s(self) -> float:
         """So long it may answer no probe: code that never lets go of the interpreter cannot be told from a hang."""
-<<<<<<< HEAD
         least = float(self._template["limits"].get("timeout_ms", 0)) / 500
-=======
-        least: float = self._template["limits"].get("timeout_ms", 0) / 500
->>>>>>> s3
         with contextlib.suppress(ValueError):
             return max(float(self._template["env"].get("MODELYARD_STUCK_S") or STUCK_S), least)
         return max(STUCK_S, least)
