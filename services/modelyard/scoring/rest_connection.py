@@ -116,13 +116,15 @@ class Connection(asyncio.Protocol):
         self._go_on()
 
     def data_received(self, data: bytes) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():  # TLS still reads while it closes
+            return
         self._since = self._door.time()
         if self._missing:
             self._body(data)
         elif self._busy or self._stalled or self._later:
             self._later += data
-            assert self._transport is not None
-            self._transport.pause_reading()
+            transport.pause_reading()
         else:
             self._take(self._begun + data)
 

@@ -59,9 +59,8 @@ class RestTransport(Transport):
 
     def __init__(self, address: str, plane: DataPlane, tls: Tls | None = None) -> None:
         self._plane, self._site = plane, Site(plane)
-        # The routes are the site's: every request is answered on its way to the application's own, of which there are
-        # none.
         app = web.Application(client_max_size=plane.limits.max_message_bytes, middlewares=[self._around])
+        app.router.add_route("*", "/{path:.*}", self._handle)  # the routes are the site's
         self._http = HttpSite(address, app, tls=tls)
 
     async def start(self) -> str:
@@ -83,15 +82,17 @@ class RestTransport(Transport):
     @web.middleware
     async def _around(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            reply = await self._reply(request)
+            response = await handler(request)
         except ModelyardError as exc:
-            reply = self._site.failed(exc, request.headers)
+            response = respond(self._site.failed(exc, request.headers))
         except web.HTTPException as exc:
-            reply = refusal(exc.status)
-        response = respond(reply)
+            response = respond(refusal(exc.status))
         if self._plane.draining:
             response.force_close()
         return response
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        return respond(await self._reply(request))
 
     async def _reply(self, request: web.Request) -> Reply:
         found = self._site.find(request.method, request.rel_url.raw_path)
