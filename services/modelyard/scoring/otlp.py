@@ -180,7 +180,7 @@ class Sink:
         from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData, ResourceMetrics, ScopeMetrics
 
         assert self._metrics is not None
-        scoped = ScopeMetrics(self._scope, list(converted(families, self._resource)), "")
+        scoped = ScopeMetrics(self._scope, list(converted(families)), "")
         data = MetricsData([ResourceMetrics(self._resource, [scoped], "")])
         return self._metrics.export(data) is MetricExportResult.SUCCESS
 
@@ -207,7 +207,7 @@ class Sink:
             start_time=call.started_ns, end_time=call.started_ns + call.latency_ns, instrumentation_scope=self._scope)
 
 
-def converted(families: Iterable[Any], resource: Any) -> Iterator[Any]:
+def converted(families: Iterable[Any]) -> Iterator[Any]:
     """Prometheus families as OpenTelemetry's metrics, cumulative since this process started."""
     from opentelemetry.sdk.metrics.export import AggregationTemporality, Gauge, Histogram, Metric, Sum
 

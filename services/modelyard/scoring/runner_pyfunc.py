@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import Invalid
+from ..core.signatures import MLFLOW_COLUMNS
 from ..core.tensors import DTYPES
 from .arguments import as_array, body_of, data_of, frame, only, parse
 from .calls import Asked
@@ -21,7 +22,6 @@ from .image import Model
 from .results import OUTPUT, Outputs
 from .runners import CannotStart, Runner, log_failure, named_inputs
 
-COLUMNS = {"double": "FP64", "float": "FP32", "long": "INT64", "integer": "INT32", "boolean": "BOOL"}
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_TRACKING_URI": "file:///nonexistent"}
 """A scoring server calls nobody, and looks for nobody to call."""
 
@@ -63,7 +63,8 @@ class PyfuncRunner(Runner):
         body = body_of(asked)
         document = parse(body) if body is not None else None
         if self._columns:
-            if isinstance(document, dict) and set(self._columns.values()) - {*COLUMNS, "string", "binary", "datetime"}:
+            plain = {*MLFLOW_COLUMNS, "string", "binary", "datetime"}
+            if isinstance(document, dict) and set(self._columns.values()) - plain:
                 return document  # nested values: MLflow's own rules are the best
             return self._frame(asked)
         if document is None:
@@ -86,8 +87,8 @@ class PyfuncRunner(Runner):
         if list(table.columns) == list(range(len(self._columns))):
             table.columns = list(self._columns)
         for name, type_ in self._columns.items():
-            if name in table and type_ in COLUMNS:
-                table[name] = _cast(table[name].to_numpy(), np.dtype(DTYPES[COLUMNS[type_]]), name)
+            if name in table and type_ in MLFLOW_COLUMNS:
+                table[name] = _cast(table[name].to_numpy(), np.dtype(DTYPES[MLFLOW_COLUMNS[type_]]), name)
         return table
 
     def _outputs(self, result: Any) -> Any:
