@@ -188,9 +188,11 @@ async def _said(stream: asyncio.StreamReader, log: BuildLog | None, most: int) -
         left -= len(chunk)
         for line in lines:
             log.note(f"  build: {line.decode(errors='replace').rstrip()}")
-        await log.line(f"  build: {logged.decode(errors='replace')} … (the rest is not kept)") if left <= 0 else None
+        if left <= 0:
+            await log.line(f"  build: {logged.decode(errors='replace')} … (the rest is not kept)")
     if log is not None and left > 0:
-        log.note(f"  build: {logged.decode(errors='replace')}") if logged else None
+        if logged:
+            log.note(f"  build: {logged.decode(errors='replace')}")
         await log.flush()
     words = [line for line in tail.decode(errors="replace").splitlines() if line.strip()]
     return words[-1].strip()[:300] if words else ""
