@@ -53,3 +53,22 @@ def test_what_differs_or_does_not_convert_is_refused_with_the_reason(tmp_path: P
     assert "predict is another in" in said["why"] and not graph, said
     said, graph = offered(tmp_path / "unknown", NearestCentroid().fit(x, y))
     assert "does not convert" in said["why"] and not graph, said
+
+
+def test_forests_and_regressors_are_taken_and_a_scaled_tree_is_not(tmp_path: Path) -> None:
+    from sklearn.datasets import load_diabetes, load_iris
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.tree import DecisionTreeClassifier
+
+    x, y = load_iris(return_X_y=True)
+    forest = RandomForestClassifier(10, random_state=0).fit(x, y)
+    said, graph = offered(tmp_path / "forest", forest, {"data": x[:2].tolist()})
+    assert said["rows"] > 1000 and graph, said
+    said, graph = offered(tmp_path / "ridge", Ridge().fit(*load_diabetes(return_X_y=True)))
+    assert said["precision"] == "float64" and graph, said
+    scaled = make_pipeline(StandardScaler(), DecisionTreeClassifier(random_state=0)).fit(x, y)
+    said, graph = offered(tmp_path / "scaled", scaled, {"data": x[:2].tolist()})
+    assert "predict is another in" in said["why"] and not graph, said  # scaled in single precision, then compared
