@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from ..client import Client, Image
 
 app = group("Build images from models, look into them, delete them.")
+Own = Annotated[Path | None, typer.Option(
+    exists=True, metavar="FOLDER", help="A folder with a Dockerfile (or that file alone) to stand on, in place of "
+                                        "--base: the yard's Docker Engine builds it.")]
 Form = Literal["context", "oci", "docker"]
 COLUMNS: list[Column] = ["id", "phase", "models", "tags", "created"]
 
@@ -49,7 +52,9 @@ def built(yard: Client, image: Image, steps: Steps) -> Image:
         raise
 
 
-@command(app, "build", "modelyard images build iris-scorer --model iris:4 --score score.py -r requirements.txt")
+@command(app, "build", """
+modelyard images build iris-scorer --model iris:4 --score score.py -r requirements.txt
+modelyard images build iris-scorer --model iris:4 --dockerfile ./system""")
 def build(
     name: Annotated[str, typer.Argument(help="The image's name; the builder gives the version.")],
     model: Annotated[list[str] | None, typer.Option(
@@ -63,7 +68,7 @@ def build(
     lock: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A lock to use as it is.")] = None,
     python: Annotated[str | None, typer.Option(help="For example 3.11.")] = None,
     platform: Annotated[str | None, typer.Option(help="linux/amd64 or linux/arm64.")] = None,
-    base: Base = None,
+    base: Base = None, dockerfile: Own = None,
     env: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Public environment, baked in.")] = None,
     tag: Tags = None, property: Properties = None, description: Description = None, wait: Wait = True,
     output: Output = Format.table,
@@ -79,7 +84,7 @@ def build(
         steps.start(f"building {name}")
         image = yard.images.build(
             name, models=model or [], score=score, requirements=needs, lock=lock, python=python,
-            platform=platform, base=base, env=pairs(env, "--env"), tags=pairs(tag, "--tag"),
+            platform=platform, base=base, dockerfile=dockerfile, env=pairs(env, "--env"), tags=pairs(tag, "--tag"),
             properties=pairs(property, "--property"), description=description, on_progress=steps)
         if wait:
             image = built(yard, image, steps)
@@ -91,11 +96,12 @@ def build(
 def list_(
     name: Annotated[str | None, typer.Option(help="Only of this name.")] = None,
     model: Annotated[str | None, typer.Option(help="Only with this model: iris:4, or iris for all versions.")] = None,
+    digest: Annotated[str | None, typer.Option(help="Only of this digest, whole: sha256:….")] = None,
     tag: Where = None, limit: Limit = None, output: Output = Format.table,
 ) -> None:
     """Images, the newest first."""
     with connect() as yard:
-        found = yard.images.list(name=name, model=model, tags=tag, limit=limit)
+        found = yard.images.list(name=name, model=model, digest=digest, tags=tag, limit=limit)
     documents([i.document for i in found], COLUMNS, output, "Image")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import BuildFailed
+from .contexts import upload_context
 from .downloads import save
 from .fields import ImageFields, Reference, reference
 from .http import Http, Params, path
@@ -71,7 +72,8 @@ class AsyncImages:
         self, name: str, *, models: Sequence[Reference] = (), score: str | Path | None = None,
         requirements: Sequence[str] | str | Path | Needs | None = None, lock: str | Path | None = None,
         python: str | None = None, platform: str | None = None, base: str | None = None,
-        env: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None,
+        dockerfile: str | Path | None = None, env: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
         properties: Mapping[str, str] | None = None, description: str | None = None,
         on_progress: OnProgress | None = None,
     ) -> AsyncImage:
@@ -80,7 +82,9 @@ class AsyncImages:
         ``score`` is a ``score.py`` or a folder with one (absent: the models' own flavour answers).
         ``requirements`` is a list, or the path of a requirements file, a ``pyproject.toml`` (with extras:
         ``pyproject.toml[gpu]``) or a conda ``environment.yml``, whose Python the image gets unless ``python`` says
-        another; ``lock`` a lock to use as it is. Raises Invalid with every problem that can be seen before building.
+        another; ``lock`` a lock to use as it is. ``base`` is what the image stands on. In its place ``dockerfile``, a
+        folder with a ``Dockerfile`` at its top (or that file alone), is built by the yard's Docker Engine; what its
+        ``.dockerignore`` names stays here. Raises Invalid with every problem that can be seen before building.
 
         >>> image = yard.images.build("iris-scorer", models=[model]).wait()
         >>> image.id, image.phase
@@ -92,7 +96,8 @@ class AsyncImages:
             name=name, models=[reference(m) for m in models], score=await self._stored(score, on_progress),
             requirements=needs.requirements, constraints=needs.constraints,
             lock=await self._stored(lock, on_progress), python=python or needs.python, platform=platform, base=base,
-            env=env, tags=tags, properties=properties, description=description,
+            dockerfile=await self._context(dockerfile, on_progress), env=env, tags=tags, properties=properties,
+            description=description,
         )
         return await self.create(body)
 
@@ -101,6 +106,11 @@ class AsyncImages:
         if text is None or text.startswith("sha256:"):
             return text
         return (await upload(self._http, Path(text), on_progress)).digest
+
+    async def _context(self, source: str | Path | None, on_progress: OnProgress | None) -> str | None:
+        if source is None or str(source).startswith("sha256:"):
+            return None if source is None else str(source)
+        return (await upload_context(self._http, Path(source), on_progress)).digest
 
     async def create(self, document: Mapping[str, Any]) -> AsyncImage:
         """Asks for an image by the body of ``POST /v1/images``: files are digests already."""
@@ -111,16 +121,17 @@ class AsyncImages:
         return AsyncImage(self, await self._http.json("GET", path("images", reference(image))))
 
     async def list(
-        self, *, name: str | None = None, model: Reference | None = None,
+        self, *, name: str | None = None, model: Reference | None = None, digest: str | None = None,
         tags: Mapping[str, str] | Sequence[str] | None = None, order: str | None = None, limit: int | None = None,
     ) -> list[AsyncImage]:
-        """Images that match every term, the newest first.
+        """Images that match every term, the newest first. ``digest`` is the image's, whole: which versions are it?
 
         >>> [i.id for i in yard.images.list(model="iris:1")]
         ['iris-scorer:1']
         """
         params: Params = {
-            "name": name, "model": None if model is None else reference(model), "tag": pairs(tags), "order": order}
+            "name": name, "model": None if model is None else reference(model), "tag": pairs(tags), "order": order,
+            "digest": digest}
         return [AsyncImage(self, d) async for d in pages(self._http, path("images"), params, limit)]
 
     async def update(

@@ -68,7 +68,8 @@ async def create(ctx: Context, call: Call) -> web.StreamResponse:
 
 
 async def index(ctx: Context, call: Call) -> web.StreamResponse:
-    where = images.where(call.all("name"), call.all("model"), call.all("tag"), call.all("phase"))
+    where = images.where(call.all("name"), call.all("model"), call.all("tag"), call.all("phase"),
+                         call.all("digest"))
     return await call.page(ctx, Image, where)
 
 

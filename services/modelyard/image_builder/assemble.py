@@ -23,6 +23,7 @@ from ..kernel.service import Context
 from . import parts, sources, store, uv
 from .bases import Base
 from .config import MANIFEST, about, digest_of, encode, labels, manifest, oci_config
+from .dockerfiles import Dockerfiles
 from .environment import Environments, told
 from .keys import signer
 from .locks import EMPTY, Lock, read_lock
@@ -95,7 +96,11 @@ class Build:
                       f"models: {', '.join(doc.models) or 'none'}")
         self.server = await asyncio.to_thread(server_requirements)
         if doc.base is not None:
-            await self.stand_on(doc.base)
+            self.stand_on(await Pull(self.ctx, doc, self.log, self.memo, self.scratch.folder).base(doc.base))
+        elif doc.dockerfile is not None:
+            context = await self.bring(doc.dockerfile, "the Dockerfile's folder", "dockerfile")
+            own = Dockerfiles(self.ctx, doc, self.log, self.memo, self.scratch.folder)
+            self.stand_on(await own.base(doc.dockerfile, context))
         lock = await self.locked(await self.fetch())
         await self.environment(lock)
         pieces = await self.work(self.pieces)
@@ -109,9 +114,9 @@ class Build:
         """They stand before the last one."""
         return self.layers[len(self.layers) - 1 - len(self.places):-1]
 
-    async def stand_on(self, name: str) -> None:
+    def stand_on(self, base: Base) -> None:
         """The base's layers come first, and its Python decides where the caller did not."""
-        self.base = await Pull(self.ctx, self.doc, self.log, self.memo, self.scratch.folder).base(name)
+        self.base = base
         self.doc = self.doc.model_copy(update={"python": self.base.python})
         self.layers += self.base.layers
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..core.documents import Ref, Where
+from ..core.documents import DIGEST, Ref, Where
 from ..core.errors import Conflict, InUse, Invalid, ModelyardError, NotFound
 from ..core.events import Fact
 from ..core.specs import ImageSpec
@@ -152,9 +152,14 @@ def _hold(kind: str, holder: str) -> str:
     return f"{kind}/{holder}"
 
 
-def where(names: Sequence[str], models: Sequence[str], tags: Sequence[str], phases: Sequence[str]) -> Where:
+def where(names: Sequence[str], models: Sequence[str], tags: Sequence[str], phases: Sequence[str],
+          digests: Sequence[str] = ()) -> Where:
     """The filter of a list. ``models``: an exact version, or a name for any version of it. Invalid."""
     out: dict[str, Any] = {}
+    if digests:
+        if not DIGEST.match(digests[-1]):
+            raise Invalid("list images by their whole digest: sha256: and 64 hexadecimal digits", field="digest")
+        out["digest"] = digests[-1]
     if names:
         out["name"] = names[-1]
     if phases:

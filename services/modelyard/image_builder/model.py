@@ -53,7 +53,7 @@ class Image(Document):
 
     kind: ClassVar[str] = "image"
     indexed: ClassVar[frozenset[str]] = frozenset(
-        {"name", "version", "phase", "models", "model_names", "tags", "properties"})
+        {"name", "version", "phase", "digest", "models", "model_names", "tags", "properties"})
     hidden: ClassVar[frozenset[str]] = frozenset({"model_names", "inputs", "holds", "deleting"})
 
     name: str
@@ -67,6 +67,7 @@ class Image(Document):
     """The minor version; None until the base was looked into, where the caller left it to that."""
     platform: str
     base: str | None = None
+    dockerfile: str | None = None
     env: dict[str, str] = Field(default_factory=dict)
     tags: dict[str, str] = Field(default_factory=dict)
     properties: dict[str, str] = Field(default_factory=dict)
