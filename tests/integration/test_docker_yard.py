@@ -193,9 +193,9 @@ def test_an_image_on_a_users_own_dockerfile_answers(yard: Yard, own: Path, engin
     assert {item["id"] for item in same} == {"own-system:1", "own-system:2"}
     assert "WRONG" not in yard.cli("images", "verify", "own-system:1").stdout
     yard.cli("images", "export", "own-system:1", "--to", str(own / "context.tar"))
-    with tarfile.open(own / "context.tar") as archive:
-        with tarfile.open(fileobj=archive.extractfile("dockerfile.tar")) as inner:
-            assert sorted(inner.getnames()) == [".dockerignore", "Dockerfile", "greeting"]
+    with tarfile.open(own / "context.tar") as archive, \
+            tarfile.open(fileobj=archive.extractfile("dockerfile.tar")) as inner:
+        assert sorted(inner.getnames()) == [".dockerignore", "Dockerfile", "greeting"]
     until(lambda: yard.call("DELETE", "/v1/deployments/own?wait=30").status in (200, 202, 404), 20)
 
 
@@ -204,7 +204,10 @@ def test_deleting_an_image_kills_the_step_that_runs(yard: Yard, own: Path, engin
     slow.mkdir()
     (slow / "Dockerfile").write_text("FROM yard-debian:1\nRUN echo begun && sleep 900\n")
     yard.cli("images", "build", "slow-system", "--score", str(own / "score.py"), "--dockerfile", str(slow), "--no-wait")
-    until(lambda: b"dockerfile: begun" in yard.call("GET", "/v1/images/slow-system:1/log").body, 60)
+    with Client(yard.url()) as client:
+        lines = client.images.log("slow-system:1", follow=True)
+        assert any(line.endswith("dockerfile: begun") for line in lines), "it is followed while the step sleeps"
+        lines.close()
     steps = {"ancestor": "yard-debian:1"}
     assert len(engine.containers.list(filters=steps)) == 1
     assert yard.call("DELETE", "/v1/images/slow-system:1").status == 202

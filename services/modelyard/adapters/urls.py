@@ -143,7 +143,8 @@ async def open_builder(targets: Mapping[str, str], data: Path) -> DockerfileBuil
     ``docker://…?dockerfiles=NETWORK[&build_memory_mib=4096&build_cpus=2&build_s=1800]``. ``NETWORK`` is what their
     steps are in: ``none``, ``bridge`` or another of the engine's. None when no target says so."""
     for name, url in targets.items():
-        if urlsplit(url).scheme in BUILDERS and "dockerfiles" in dict(parse_qsl(urlsplit(url).query)):
+        if urlsplit(url).scheme in BUILDERS and "dockerfiles" in dict(
+                parse_qsl(urlsplit(url).query, keep_blank_values=True)):
             class_, where = await asyncio.to_thread(_adapter, f"targets.{name}", url, BUILDERS)
             options = {word: value for word, value in where.options.items() if word in BUILDS}
             builder: DockerfileBuilder = await class_.open(where.place, data, **options)

@@ -118,6 +118,9 @@ async def test_lists_filter_by_model_tag_and_name(yard: Yard) -> None:
     assert await ids("model=iris:2") == ["second:1"]
     assert await ids("tag=team=flora&tag=stage") == ["first:1"]
     assert await ids("name=second&phase=ready") == ["second:1"]
+    digest = (await yard.call("GET", "/v1/images/second:1")).json["digest"]
+    assert await ids(f"digest={digest}") == ["second:1"] and await ids(f"digest=sha256:{'0' * 64}") == []
+    assert (await yard.call("GET", "/v1/images?digest=sha256:12")).status == 422
     assert (await yard.call("GET", "/v1/images?colour=red")).status == 422
     page = (await yard.call("GET", "/v1/images?limit=1")).json
     assert len(page["items"]) == 1 and page["next"]
