@@ -169,7 +169,8 @@ def bill(folder: Path, rounds: int) -> None:
         key = asyncio.run(keys.signer(yard.data))
     doc = Image.model_validate({**image.document, "inputs": []}, extra="ignore")
     found = [{"name": part["name"], "version": part["version"],
-              "sha256": part.get("hashes", [{}])[0].get("content", "")} for part in said["components"] if part["type"] == "library"]
+              "sha256": part.get("hashes", [{}])[0].get("content", "")}
+             for part in said["components"] if part["type"] == "library"]
     pins = {line.partition("==")[0].strip() for line in lock.splitlines() if "==" in line and line[0] not in " #"}
     server, now = Layer("", doc.digest or "", "", 0, ""), datetime.now(UTC)
     holds = sbom.Contents(found, server, doc.lock_digest or "")
