@@ -73,8 +73,8 @@ class AsyncImages:
         requirements: Sequence[str] | str | Path | Needs | None = None, lock: str | Path | None = None,
         python: str | None = None, platform: str | None = None, base: str | None = None,
         dockerfile: str | Path | None = None, env: Mapping[str, str] | None = None,
-        tags: Mapping[str, str] | None = None,
-        properties: Mapping[str, str] | None = None, description: str | None = None,
+        tags: Mapping[str, str] | None = None, properties: Mapping[str, str] | None = None,
+        description: str | None = None, timeout_s: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> AsyncImage:
         """Asks for the next version of ``name`` and returns at once; ``wait`` on the answer.
@@ -82,9 +82,10 @@ class AsyncImages:
         ``score`` is a ``score.py`` or a folder with one (absent: the models' own flavour answers).
         ``requirements`` is a list, or the path of a requirements file, a ``pyproject.toml`` (with extras:
         ``pyproject.toml[gpu]``) or a conda ``environment.yml``, whose Python the image gets unless ``python`` says
-        another; ``lock`` a lock to use as it is. ``base`` is what the image stands on. In its place ``dockerfile``, a
-        folder with a ``Dockerfile`` at its top (or that file alone), is built by the yard's Docker Engine; what its
-        ``.dockerignore`` names stays here. Raises Invalid with every problem that can be seen before building.
+        another; ``lock`` a lock to use as it is; ``timeout_s`` how long the build may take (30 min). ``base`` is what
+        the image stands on. In its place ``dockerfile``, a folder with a ``Dockerfile`` at its top (or that file
+        alone), is built by the yard's Docker Engine; what its ``.dockerignore`` names stays here. Raises Invalid with
+        every problem that can be seen before building.
 
         >>> image = yard.images.build("iris-scorer", models=[model]).wait()
         >>> image.id, image.phase
@@ -97,7 +98,7 @@ class AsyncImages:
             requirements=needs.requirements, constraints=needs.constraints,
             lock=await self._stored(lock, on_progress), python=python or needs.python, platform=platform, base=base,
             dockerfile=await self._context(dockerfile, on_progress), env=env, tags=tags, properties=properties,
-            description=description,
+            description=description, timeout_s=timeout_s,
         )
         return await self.create(body)
 

@@ -9,34 +9,34 @@ from __future__ import annotations
 import asyncio
 import functools
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..core.errors import BuildFailed, Invalid, NotFound, Unavailable
+from ..core.errors import BuildFailed, Invalid, Unavailable
 from ..core.layout import image_key
-from ..core.requirements import constraint, requirement
+from ..core.signatures import Signature
 from ..kernel.cache import Cache
 from ..kernel.service import Context
-from . import parts, sources, store, uv
+from . import parts, serving, sources, store
 from .bases import Base
 from .config import MANIFEST, about, digest_of, encode, labels, manifest, oci_config
 from .dockerfiles import Dockerfiles
 from .environment import Environments, told
 from .keys import signer
-from .locks import EMPTY, Lock, read_lock
+from .locks import Lock, read_lock
 from .log import BuildLog
 from .memo import Memo, key
 from .model import Image
 from .provenance import Origin, statement
 from .pull import Pull
 from .referrers import NAMES
+from .resolve import Resolver
 from .sbom import Contents, sbom
+from .sdists import Sdists
 from .tarring import Layer
 
-RESOLVED_S = 24 * 3600
 SERVER = Path(__file__).parents[1] / "scoring" / "requirements.txt"
 T = TypeVar("T")
 
@@ -49,6 +49,7 @@ class Result:
     size: int
     lock_digest: str
     python: str
+    signatures: dict[str, Signature]
 
 
 class Scratch:
@@ -80,7 +81,7 @@ class Build:
         self.cache = Cache()
         self.memo = Memo(ctx.data / "image-builder" / "memo", self.cache)
         self.places = [parts.Place.of(m, doc.score is not None) for m in doc.inputs]
-        self.needs = self.flavours()
+        self.needs = parts.needs(self.places)
         self.server: Sequence[str] = ()
         self.packages: list[dict[str, str]] = []
         self.layers: list[Layer] = []
@@ -88,6 +89,7 @@ class Build:
         self.uploads = asyncio.Semaphore(store.UPLOADS)
         self.score: sources.Source = b""
         self.models: list[sources.Source | Layer] = []
+        self.signatures: dict[str, Signature] = {}
 
     async def run(self) -> Result:
         """The whole of it."""
@@ -101,8 +103,7 @@ class Build:
             context = await self.bring(doc.dockerfile, "the Dockerfile's folder", "dockerfile")
             own = Dockerfiles(self.ctx, doc, self.log, self.memo, self.scratch.folder)
             self.stand_on(await own.base(doc.dockerfile, context))
-        lock = await self.locked(await self.fetch())
-        await self.environment(lock)
+        lock = await self.environment(await self.locked(await self.fetch()))
         pieces = await self.work(self.pieces)
         self.layers += await store.together([self.added(made) for made in pieces])
         for place, layer in zip(self.places, self.model_layers(), strict=True):
@@ -133,19 +134,24 @@ class Build:
             problems += await asyncio.to_thread(parts.score_check, self.score)
         for number, place in enumerate(self.places):
             model, layer = place.model, await self.remembered(place)
-            if layer is not None:
-                self.models.append(layer)
-                continue
-            source = await self.bring(model.artifact, f"model '{model.id}'", f"model-{number}")
+            source = layer or await self.bring(model.artifact, f"model '{model.id}'", f"model-{number}")
             self.models.append(source)
-            if place.kind == "mlflow":
-                needs, why = await asyncio.to_thread(parts.mlflow_needs, model, source)
-                self.needs |= needs
-                problems += why
+            served = serving.Served(place.kind)
+            if place.kind in serving.LOOKED and not isinstance(source, Layer):
+                served = await asyncio.to_thread(serving.look, place.kind, model, source)
+                self.needs |= served.needs
+            problems += [*served.problems, *self.signed(place, served.kind)]
         if problems:
             raise BuildFailed("; ".join(problems))
         self.log.note("the inputs are here and pass their checks")
         return lock
+
+    def signed(self, place: parts.Place, kind: str) -> list[str]:
+        """Keeps what the image says of the model, unless a scoring file serves it; the problems."""
+        told, problems = serving.signature(place.model, kind) if place.kind else (None, [])
+        if told is not None:
+            self.signatures[place.model.id] = told
+        return problems
 
     async def bring(self, digest: str, what: str, name: str) -> sources.Source:
         async def path() -> Path:
@@ -166,54 +172,30 @@ class Build:
     # -- dependencies ---------------------------------------------------------------------------------------------
 
     async def locked(self, given: Lock | None) -> Lock:
-        """The lock of this image: given, stored by an earlier try of this build, or resolved now."""
-        where = image_key(self.doc.workspace, self.doc.id, "lock")
-        lock = given or await self.stored_lock(where)
-        if lock is None:
-            lock = await self.resolved()
-        await self.ctx.blobs.put(where, store.Chunks(lock.text.encode()))
-        names = ", ".join(p.text for p in lock.pins)
-        self.log.note(f"locked {len(lock.pins)} packages: {names}" if lock.pins else EMPTY)
+        """The lock of this image, and what is to be said of it."""
+        resolver = Resolver(self.ctx, self.doc, self.log, self.memo, self.scratch.folder, self.sdists)
+        lock = await resolver.lock(given, {*self.server, *self.needs})
+        if any(p.kind == "pytorch" for p in self.places) and any(p.name.startswith("nvidia-") for p in lock.pins):
+            self.log.note(serving.CUDA)
         return lock
 
-    async def stored_lock(self, where: str) -> Lock | None:
-        try:
-            raw = b"".join([chunk async for chunk in self.ctx.blobs.get(where)])
-        except NotFound:
-            return None
-        return read_lock(raw.decode())[0]
-
-    async def resolved(self) -> Lock:
-        doc = self.doc
-        wanted = sorted(parts.once({*self.server, *self.needs, *(requirement(r)[0] for r in doc.requirements)}))
-        bounds = sorted({constraint(c)[0] for c in doc.constraints})
-        name = key("resolved", wanted, doc.python_version, doc.platform, uv.index(), *([bounds] if bounds else ()))
-        for found in (await self.memo.get(name), await self.memo.shared(name)):
-            if found and 0 <= time.time() - found["at"] < RESOLVED_S:
-                await self.log.line("requirements: the same as of a build of the last 24 hours; its lock is used")
-                return read_lock(found["lock"])[0]
-        await self.log.line(f"requirements: {', '.join(wanted)}"
-                            + (f"; within {', '.join(bounds)}" if bounds else ""))
-        lock = await uv.resolve(wanted, bounds, doc.python_version, doc.platform, await self.scratch.folder(), self.log)
-        await self.memo.put(name, {"at": time.time(), "lock": lock.text}, shared=True)
-        return lock
-
-    def flavours(self) -> set[str]:
-        """What the models need where no scoring file serves them."""
-        needs: set[str] = set()
-        for place in self.places:
-            needs |= parts.NEEDS.get(place.kind, set())
-            if place.kind in parts.PINS and place.model.framework_version:
-                needs.add(parts.PINS[place.kind].format(place.model.framework_version))
-        return needs
-
-    async def environment(self, lock: Lock) -> None:
-        """The layers of the locked packages, from an earlier build or made now."""
+    async def environment(self, lock: Lock) -> Lock:
+        """The layers of the locked packages, from an earlier build or made now; the lock as it is to be kept."""
         if not lock.pins:
-            return
-        known = Environments(self.ctx, self.doc, self.log, self.memo, self.cache)
-        layers, self.packages = await known.of(lock, self.scratch.folder)
+            return lock
+        known = Environments(self.ctx, self.doc, self.log, self.memo, self.cache, self.sdists)
+        layers, self.packages, whole = await known.of(lock, self.scratch.folder)
         self.layers += layers
+        if whole != lock:
+            await self.ctx.blobs.put(
+                image_key(self.doc.workspace, self.doc.id, "lock"), store.Chunks(whole.text.encode()))
+        return whole
+
+    @functools.cached_property
+    def sdists(self) -> Sdists:
+        """What of it exists only as source; asked for once the Python is known."""
+        return Sdists(self.doc.python_version, self.doc.platform, self.log, self.cache, self.scratch.folder,
+                      (self.ctx.data,))
 
     # -- the other layers -----------------------------------------------------------------------------------------
 
@@ -225,7 +207,7 @@ class Build:
         for place, source in zip(self.places, self.models, strict=True):
             out.append(source if isinstance(source, Layer) else parts.model_layer(place, source))
         said = about(self.doc.python_version, bool(self.doc.score),
-                     [(p.model, p.path, p.framework or "") for p in self.places])
+                     [(p.model, p.path, p.framework or "") for p in self.places], self.signatures)
         return [*out, parts.about_layer(said)]
 
     def _model_key(self, place: parts.Place) -> str:
@@ -273,7 +255,7 @@ class Build:
         holds = Contents(self.packages, parts.code_layer().layer, lock_digest, self.base)
         await store.together([put(), self.say(digest, holds)])
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
-        return Result(digest, size, lock_digest, doc.python_version)
+        return Result(digest, size, lock_digest, doc.python_version, self.signatures)
 
     async def say(self, digest: str, holds: Contents) -> None:
         """What the image is made of and who made it, kept; it is attached to the image once that is ready."""

@@ -8,6 +8,7 @@ are recorded by one append.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import time
@@ -24,6 +25,7 @@ from .image import Image
 from .jobs import Batch, Job, Outcome, late
 from .lanes import Lane
 from .metrics import Metrics
+from .otlp import Otlp
 from .runners import Runner, openers
 from .settings import Limits
 from .table import Table
@@ -67,6 +69,7 @@ class DataPlane(Plane):
         self.limits = limits
         self.metrics = Metrics()
         self.last_call = 0.0
+        self.otlp: Otlp | None = None
         self._log = log
         self._table: Table | None = None
         self._lanes: list[Lane] = []
@@ -206,6 +209,10 @@ class DataPlane(Plane):
         job.deadline = min(call.deadline, now + limits.timeout_ms / 1000)
         if now >= job.deadline:
             job.outcome = Outcome(late())
+        elif wait_s := lane.hopeless(job.deadline - now):
+            raise QueueFull(f"{lane.waiting} calls wait for '{job.served.name}' already, about {wait_s:.1f} s; try "
+                            f"again soon, or with more time than {job.deadline - now:.1f} s",
+                            retry_after=math.ceil(wait_s))
         if self._keyed is not None:
             self._keyed.expect(job.prediction_id, call)
         if job.outcome is None:
@@ -255,6 +262,8 @@ class DataPlane(Plane):
         self.metrics.finished(finished)
         if self._log is not None:
             self._log.append(finished)
+        if self.otlp is not None and self.otlp.plan.traces:
+            self.otlp.offer(finished)
         self.metrics.in_flight -= len(jobs)
         for job in jobs:
             self._deadlines.forget(job)
@@ -272,7 +281,8 @@ class DataPlane(Plane):
         job.answer = Answer(body, body_type, status, call.request_id, job.prediction_id, served.model, error)
         queue_ns = job.queue_ns if job.queue_ns >= 0 else latency_ns
         return Finished(job.prediction_id, call.request_id, served.model, call.protocol, call.method, status,
-                        job.started_ns, latency_ns, queue_ns, call.body, call.body_type, body, body_type, call.trace_id)
+                        job.started_ns, latency_ns, queue_ns, call.body, call.body_type, body, body_type, call.trace_id,
+                        call.parent)
 
     def _hold(self, job: Job) -> None:
         """The spool is full: until the shipper has made room in it, or a deadline is there (then it is refused)."""

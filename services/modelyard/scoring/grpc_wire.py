@@ -29,6 +29,8 @@ TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
 UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 ODD = re.compile(rb"[^ -$&-~]")
 
+Header = tuple[bytes, bytes]
+STATUS_OK: Header = (b"grpc-status", OK)
 Pairs = Iterable[tuple[str, str | bytes]]
 
 
@@ -66,7 +68,7 @@ def _percent(text: str) -> bytes:
     return ODD.sub(lambda odd: b"%%%02X" % odd[0][0], text.encode(errors="replace"))
 
 
-def metadata(pairs: Pairs) -> list[tuple[bytes, bytes]]:
+def metadata(pairs: Pairs) -> list[Header]:
     """Our metadata as headers; values of ``-bin`` keys in base64 without padding."""
     return [(key.encode(), base64.b64encode(value).rstrip(b"=") if isinstance(value, bytes) else value.encode())
             for key, value in pairs]
@@ -88,6 +90,16 @@ def frame(message: bytes) -> bytes:
 def failure(error: ModelyardError) -> tuple[bytes, str]:
     """(``grpc-status``, message) of an error."""
     return CODES[statuses(error)[0]], error.message
+
+
+def refusal(status: bytes, message: str = "") -> list[Header]:
+    """A status and what it means, as headers."""
+    return [(b"grpc-status", status), (b"grpc-message", percent(message))] if message else [(b"grpc-status", status)]
+
+
+def failed(error: ModelyardError, beside: Iterable[Header] = ()) -> list[Header]:
+    """An error of ours as headers: status, message and details."""
+    return [*refusal(*failure(error)), *beside, *metadata([(DETAILS, details(error))])]
 
 
 def details(error: ModelyardError) -> bytes:

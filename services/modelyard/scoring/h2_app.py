@@ -1,16 +1,17 @@
 """gRPC's methods on HTTP/2 streams: the application that h2corn calls, once for each stream.
 
-A call is one coroutine, which h2corn starts as a task and cancels when the caller goes away; calls that arrive
-together are started together and so meet in the queue of their model.
+A call is a task, which h2corn starts and cancels when the caller goes away: an ``Infer``, or a real one of a coroutine.
+Calls that arrive together are started together and so meet in the queue of their model.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,37 +21,45 @@ from ..core.errors import ModelyardError
 from ..core.inference import PROTO
 from . import grpc_wire as wire
 from . import health, oip
-from .calls import Answer, Call
+from .calls import Answer, Call, statuses
 from .codecs import GrpcCodec, StreamCodec
 from .dataplane import DataPlane
 from .grpc_wire import Refused
-from .h2_call import Gone, H2Call, Receive, Send, alone
+from .h2_call import Gone, H2Call, Receive, Send, alone, deadline
+from .h2_infer import Infer, adopt, again, take
 from .h2_stream import Stream
-from .transport import binary_trace_id, request_id, trace_id
+from .transport import binary_trace, request_id, trace
 
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
+INFER = f"/{oip.SERVICE}/ModelInfer"
+NOT_TRACED = ("", "")
 AWAY = "this replica goes away; call again"
 Handler = Callable[[H2Call], Awaitable[None]]
 
 
 class H2App:
-    """``app(scope, receive, send)``. Never raises but when it is cancelled."""
+    """``app(scope, receive, send)``: gives back the call's task or a coroutine for one, which never raises but when it
+    is cancelled."""
 
     def __init__(self, plane: DataPlane) -> None:
         self.health = health.Health(("", oip.SERVICE))
         self.seen = 0
         """Calls so far."""
-        self._plane = plane
-        self._limit = plane.limits.max_message_bytes
+        self.plane = plane
+        self.loop = asyncio.get_running_loop()
+        self.under_way: set[Infer] = set()
+        self._limit, self._idle_s = plane.limits.max_message_bytes, plane.limits.timeout_ms / 1000
         self._key = plane.sampling_header.encode()
         self._codec, self._stream_codec = GrpcCodec(), StreamCodec()
+        self._deployment = (b"x-modelyard-deployment", plane.deployment.encode())
         self._leaving = False
         self._idle: set[asyncio.Task[Any]] = set()
         self._methods: dict[str, Handler] = {
-            f"/{oip.SERVICE}/ModelInfer": self._infer, f"/{oip.SERVICE}/ModelStreamInfer": self._stream,
+            INFER: self._infer, f"/{oip.SERVICE}/ModelStreamInfer": self._stream,
             **{f"/{oip.SERVICE}/{name}": partial(_unary, method) for name, method in oip.methods(plane).items()},
             f"/{health.SERVICE}/Check": partial(_unary, self.health.check), f"/{health.SERVICE}/Watch": self._watch,
             **{f"/{name}/ServerReflectionInfo": _reflect for name in REFLECTION}}
+        adopt(self.loop)
 
     def leave(self) -> None:
         """Calls that wait for nothing but their caller end now."""
@@ -58,78 +67,95 @@ class H2App:
         for task in self._idle:
             task.cancel()
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    def drop(self) -> None:
+        """Cancels what is still under way."""
+        for task in asyncio.all_tasks():
+            if task.get_name() == "h2corn.request":
+                task.cancel()
+        for infer in tuple(self.under_way):
+            infer.cancel()
+
+    def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> Infer | Coroutine[Any, Any, None]:
         self.seen += 1
+        if scope["path"] != INFER or _not_grpc(scope) is not None:
+            return self._serve(scope, receive, send)
+        headers = dict(scope["headers"])
+        taken: list[Any] = []
+        try:
+            due = deadline(headers)
+        except Refused:
+            return self._serve(scope, receive, send)
+        if headers.get(b"grpc-encoding", b"identity") != b"identity" \
+                or (message := take(receive, self._limit, taken)) is None:
+            return self._serve(scope, again(taken, receive), send)
+        infer = Infer(self, send)
+        self.under_way.add(infer)
+        infer.submitted = self.plane.submit(self._ask("grpc", "ModelInfer", self._codec, message, headers, due),
+                                            infer.answer)
+        return infer
+
+    async def _serve(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         call: H2Call | None = None
         try:
             handler = self._methods.get(scope["path"])
             if (refusal := _not_grpc(scope)) is not None:
                 await alone(send, *refusal)
                 return
-            call = H2Call(scope, receive, send, self._limit)
+            call = H2Call(scope, receive, send, self._limit, self._idle_s)
             if handler is None:
                 raise Refused(wire.UNIMPLEMENTED, f"there is no method {scope['path']}")
             await handler(call)
         except Refused as exc:
-            await self._end(call, send, exc.status, exc.message)
+            await self._end(call, send, wire.refusal(exc.status, exc.message))
         except ModelyardError as exc:
-            await self._end(call, send, *wire.failure(exc), exc)
+            self.plane.metrics.refused("grpc", statuses(exc)[0])
+            await self._end(call, send, wire.failed(exc))
         except TimeoutError:
-            await self._end(call, send, wire.DEADLINE_EXCEEDED, "Deadline Exceeded")
+            await self._end(call, send, wire.refusal(wire.DEADLINE_EXCEEDED, "Deadline Exceeded"))
         except (Gone, OSError):
             return  # the caller went away; so did whoever would read an answer
         except Exception:  # noqa: BLE001 - whatever it is, the caller is told and the server goes on
             traceback.print_exc()
-            await self._end(call, send, wire.INTERNAL, "the server failed")
+            await self._end(call, send, wire.refusal(wire.INTERNAL, "the server failed"))
 
-    async def _end(self, call: H2Call | None, send: Send, status: bytes, message: str,
-                   error: ModelyardError | None = None) -> None:
-        try:
-            if call is None:
-                await alone(send, [(b"grpc-status", status), (b"grpc-message", wire.percent(message))])
-            elif error is not None:
-                self._plane.metrics.refused("grpc", next(n for n, code in wire.CODES.items() if code == status))
-                await call.fail(error)
-            else:
-                await call.finish(status, message)
-        except OSError:
-            return
+    async def _end(self, call: H2Call | None, send: Send, last: Sequence[wire.Header]) -> None:
+        with contextlib.suppress(OSError):
+            await (alone(send, last) if call is None else call.finish(last))
 
     async def _infer(self, call: H2Call) -> None:
-        asked = self._ask("grpc", "ModelInfer", self._codec, await call.message(), call)
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        submitted = self._plane.submit(asked, partial(_settle, future))
-        try:
-            answer = await future
-        except asyncio.CancelledError:
-            self._plane.cancel(submitted)
-            raise
+        asked = self._ask("grpc", "ModelInfer", self._codec, await call.message(), call.headers, call.deadline)
+        (answer,) = await self.plane.handle((asked,))
         if answer.error is None:
-            await call.answer(answer.body, self._metadata(answer))
+            await call.answer(answer.body, self.metadata(answer))
         else:
-            await call.fail(answer.error, self._metadata(answer))
+            await call.finish(wire.failed(answer.error, self.metadata(answer)))
 
-    def _ask(self, protocol: str, method: str, codec: GrpcCodec, body: bytes, call: H2Call) -> Call:
-        trace = trace_id(call.text(b"traceparent"))
-        if not trace and (packed := call.headers.get(b"grpc-trace-bin")):
-            trace = binary_trace_id(wire.binary(packed))
-        return Call(protocol, method, body, PROTO, codec, deadline=call.deadline,
-                    request_id=request_id(call.text(b"x-request-id")), trace_id=trace,
-                    key=call.text(self._key) or "" if self._key else "")
+    def _ask(self, protocol: str, method: str, codec: GrpcCodec, body: bytes, headers: Mapping[bytes, bytes],
+             due: float) -> Call:
+        known, given = headers.get(b"x-request-id"), headers.get(b"traceparent")
+        traced, parent = trace(given.decode("latin-1")) if given is not None else NOT_TRACED
+        if not traced and (packed := headers.get(b"grpc-trace-bin")):
+            traced, parent = binary_trace(wire.binary(packed))
+        return Call(protocol, method, body, PROTO, codec, "", "", due,
+                    request_id(known.decode("latin-1")) if known is not None else "", traced, parent, None,
+                    headers.get(self._key, b"").decode("latin-1") if self._key else "")
 
-    def _metadata(self, answer: Answer) -> list[tuple[str, str | bytes]]:
-        return [("x-request-id", answer.request_id), ("x-modelyard-prediction-id", answer.prediction_id),
-                ("x-modelyard-model", answer.model), ("x-modelyard-deployment", self._plane.deployment)]
+    def metadata(self, answer: Answer) -> list[wire.Header]:
+        """What goes with every answer."""
+        return [(b"x-request-id", answer.request_id.encode()),
+                (b"x-modelyard-prediction-id", answer.prediction_id.encode()),
+                (b"x-modelyard-model", answer.model.encode()), self._deployment]
 
     async def _stream(self, call: H2Call) -> None:
         """One answer for each message, in order; a message that fails is answered with ``error_message``."""
         async def asked() -> AsyncIterator[list[Call]]:
             async for bunch in self._patiently(call.bunches()):
-                yield [self._ask("stream", "ModelStreamInfer", self._stream_codec, body, call) for body in bunch]
+                yield [self._ask("stream", "ModelStreamInfer", self._stream_codec, body, call.headers, call.deadline)
+                       for body in bunch]
 
         async with _until(call.deadline):
-            last = await Stream(self._plane, call).run(asked())
-            await call.finish(pairs=() if last is None else self._metadata(last))
+            last = await Stream(self.plane, call).run(asked())
+            await call.finish((wire.STATUS_OK, *(() if last is None else self.metadata(last))))
 
     async def _watch(self, call: H2Call) -> None:
         async for answer in self._patiently(self.health.watch(await call.message())):
@@ -154,11 +180,6 @@ class H2App:
                 self._idle.discard(task)
             yield item
         raise Refused(wire.UNAVAILABLE, AWAY)
-
-
-def _settle(future: asyncio.Future[Answer], answer: Answer) -> None:
-    if not future.done():
-        future.set_result(answer)
 
 
 def _not_grpc(scope: dict[str, Any]) -> tuple[list[tuple[bytes, bytes]], int] | None:

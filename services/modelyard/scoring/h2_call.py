@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..core.errors import ModelyardError
 from . import grpc_wire as wire
 from .grpc_wire import Frames, Packed, Refused
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
 
 APART_BYTES = 65_536
 """Compressed messages over this are inflated in a thread."""
-CONTENT: Headers = [(b"content-type", b"application/grpc"), (b"grpc-accept-encoding", wire.ENCODINGS)]
+EARLY_S, EARLY = 0.02, 0.1
+"""A call's time is over a moment (at most so many seconds, such a part of it) before its caller's clock says so. A
+caller that times out first resets its stream, and h2corn ends a connection with 200 resets as a rapid-reset attack."""
+CONTENT = [(b"content-type", b"application/grpc"), (b"grpc-accept-encoding", wire.ENCODINGS)]
+BODY, DONE = "http.response.body", "http.response.trailers"
 START = {"type": "http.response.start", "status": 200, "headers": CONTENT, "trailers": True}
 CUT = "the call ends in the middle of a message"
 
@@ -30,17 +32,16 @@ class Gone(Exception):
 class H2Call:
     """Messages come out of ``message`` or ``bunches``; ``send`` may be called before ``finish``, which comes last."""
 
-    __slots__ = ("_ended", "_frames", "_limit", "_receive", "_send", "_started", "_window", "deadline", "headers")
+    __slots__ = ("_ended", "_frames", "_idle_s", "_limit", "_receive", "_send", "_started", "_window", "deadline",
+                 "headers")
 
-    def __init__(self, scope: dict[str, Any], receive: Receive, send: Send, limit: int) -> None:
+    def __init__(self, scope: dict[str, Any], receive: Receive, send: Send, limit: int, idle_s: float) -> None:
+        """``idle_s``: a unary call of which nothing more comes for so long is refused."""
         headers = self.headers = dict(scope["headers"])
-        self._receive, self._send, self._limit = receive, send, limit
+        self._receive, self._send, self._limit, self._idle_s = receive, send, limit, idle_s
         self._started = self._ended = False
         self._window = 0
-        self.deadline = math.inf
-        timeout = headers.get(b"grpc-timeout")
-        if timeout is not None:
-            self.deadline = time.monotonic() + wire.timeout_s(timeout)
+        self.deadline = deadline(headers)
         encoding = headers.get(b"grpc-encoding")
         if encoding is not None and encoding != b"identity":
             self._window = wire.WINDOWS.get(encoding, 0)
@@ -56,11 +57,20 @@ class H2Call:
 
     async def message(self) -> bytes:
         """The one message of a unary call. Raises Refused, TooLarge, Gone."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._idle_s) as patience:
+                return await self._message(lambda: patience.reschedule(loop.time() + self._idle_s))
+        except TimeoutError:
+            raise Refused(wire.DEADLINE_EXCEEDED, f"nothing of the call came for {self._idle_s:g} s") from None
+
+    async def _message(self, came: Callable[[], None]) -> bytes:
         receive, frames = self._receive, self._frames
         found: bytes | None = None
         more = True
         while more:
             event = await receive()
+            came()
             if event["type"] != "http.request":
                 raise Gone
             body, more = event.get("body"), event.get("more_body", False)
@@ -106,34 +116,40 @@ class H2Call:
         if not self._started:
             self._started = True
             await self._send(START)
-        await self._send({"type": "http.response.body", "body": b"".join(map(wire.frame, messages)), "more_body": True})
+        await self._send({"type": BODY, "body": b"".join(map(wire.frame, messages)), "more_body": True})
 
-    async def finish(self, status: bytes = wire.OK, message: str = "", pairs: wire.Pairs = ()) -> None:
+    async def finish(self, last: Sequence[wire.Header] = (wire.STATUS_OK,)) -> None:
         """The status and our metadata; alone when nothing was sent. What the caller still sends is not read."""
-        last: Headers = [(b"grpc-status", status), *wire.metadata(pairs)]
-        if message:
-            last.append((b"grpc-message", wire.percent(message)))
         if self._started:
-            await self._send({"type": "http.response.body", "body": b""})
-            await self._send({"type": "http.response.trailers", "headers": last})
+            await self._send({"type": BODY, "body": b""})
+            await self._send({"type": DONE, "headers": list(last)})
         else:
             await alone(self._send, last)
 
-    async def answer(self, message: bytes, pairs: wire.Pairs = ()) -> None:
+    async def answer(self, message: bytes, metadata: Sequence[wire.Header] = ()) -> None:
         """The message of a unary call and status OK."""
         send = self._send
         await send(START)
-        await send({"type": "http.response.body", "body": wire.frame(message)})
-        await send({"type": "http.response.trailers", "headers": [(b"grpc-status", wire.OK), *wire.metadata(pairs)]})
-
-    async def fail(self, error: ModelyardError, pairs: wire.Pairs = ()) -> None:
-        """An error of ours as status, message and details."""
-        status, message = wire.failure(error)
-        await self.finish(status, message, [*pairs, (wire.DETAILS, wire.details(error))])
+        await send({"type": BODY, "body": wire.frame(message)})
+        await send({"type": DONE, "headers": [wire.STATUS_OK, *metadata]})
 
 
-async def alone(send: Send, headers: Headers, status: int = 200) -> None:
+def deadline(headers: Mapping[bytes, bytes]) -> float:
+    """The caller's, as ``time.monotonic()``; inf: none. Raises Refused."""
+    timeout = headers.get(b"grpc-timeout")
+    if timeout is None:
+        return math.inf
+    seconds = wire.timeout_s(timeout)
+    return time.monotonic() + seconds - min(EARLY_S, seconds * EARLY)
+
+
+async def alone(send: Send, headers: Sequence[wire.Header], status: int = 200) -> None:
     """A response of headers only."""
-    await send({"type": "http.response.start", "status": status,
-                "headers": [*CONTENT, *headers] if status == 200 else headers})
-    await send({"type": "http.response.body", "body": b""})
+    for event in headers_only(headers, status):
+        await send(event)
+
+
+def headers_only(headers: Sequence[wire.Header], status: int = 200) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The events of such a response."""
+    return ({"type": "http.response.start", "status": status,
+             "headers": [*CONTENT, *headers] if status == 200 else list(headers)}, {"type": BODY, "body": b""})

@@ -12,11 +12,10 @@ import socket
 from contextlib import suppress
 from typing import Any, cast
 
-from h2corn import Config, RequestPolicy, Server
+from h2corn import Config, Server
 from h2corn._lib import prepare_tls
 from h2corn._server import load_tls_material
 
-from . import health, oip
 from .dataplane import DataPlane
 from .h2_app import H2App
 from .transport import Tls, Transport, listen
@@ -41,7 +40,7 @@ class H2Transport(Transport):
     def __init__(self, address: str, plane: DataPlane, tls: Tls | None = None) -> None:
         self._address = address
         self._app = H2App(plane)
-        self._config = _config(tls, plane.limits.timeout_ms / 1000)
+        self._config = _config(tls)
         self._tls: Any = None
         self._socket: socket.socket | None = None
         self._server: Server | None = None
@@ -77,10 +76,8 @@ class H2Transport(Transport):
         self._app.leave()
         if self._running:
             await asyncio.wait(self._running, timeout=grace_s)
-        for task in asyncio.all_tasks():
-            if self._running and task.get_name() == "h2corn.request":
-                task.cancel()
         if self._running:
+            self._app.drop()
             await asyncio.wait(self._running, timeout=LAST_S)
         if self._socket is not None:
             self._socket.close()
@@ -112,16 +109,15 @@ class H2Transport(Transport):
                 await self._take_over()
 
 
-def _config(tls: Tls | None, body_idle_s: float) -> Config:
-    unary = (f"/{oip.SERVICE}/*", f"/{health.SERVICE}/Check")
-    stream = (f"/{oip.SERVICE}/ModelStreamInfer", f"/{health.SERVICE}/Watch")
+def _config(tls: Tls | None) -> Config:
+    """Sizes of gRPC's bodies and how long they take are looked at by us: the server would answer with what says nothing
+    to gRPC, and a timer of its own for each call wakes its thread twice, which costs as much as the call."""
     return Config(
         bind=("fd://0",), grpc=True, http1=False, access_log=False, lifespan="off", date_header=False,
         runtime_threads=1, max_concurrent_streams=STREAMS,
         h2_initial_stream_window_size=WINDOW, h2_initial_connection_window_size=2 * WINDOW,
         timeout_graceful_shutdown=FOR_EVER_S, timeout_keep_alive=0, timeout_handshake=20.0,
         h2_timeout_response_stall=STALLED_S,
-        request_policies=(*(_policy(path, 0.0) for path in stream), *(_policy(path, body_idle_s) for path in unary)),
         **_tls_files(tls))
 
 
@@ -130,10 +126,3 @@ def _tls_files(tls: Tls | None) -> dict[str, Any]:
         return {}
     files = {"certfile": tls.cert, "keyfile": tls.key}
     return files if tls.client_ca is None else {**files, "ca_certs": tls.client_ca, "cert_reqs": "required"}
-
-
-def _policy(path: str, body_idle_s: float) -> RequestPolicy:
-    """Sizes are looked at by us: the server would answer with an HTTP status that says nothing to gRPC."""
-    return RequestPolicy(path=path, max_request_body_size=0, timeout_request_body_idle=body_idle_s,
-                         h2_timeout_response_stall=STALLED_S)
-
