@@ -81,13 +81,22 @@ def _remote(url: str, parts: SplitResult, environment: Mapping[str, str]) -> Ite
     if found := _credentials(parts, environment):  # not for where a redirect leads
         asked.add_unredirected_header("authorization", "Basic " + base64.b64encode(":".join(found).encode()).decode())
     try:
-        with urllib.request.urlopen(asked, timeout=SILENT_S, context=ssl.create_default_context()) as answer:
+        with _opener(host, environment).open(asked, timeout=SILENT_S) as answer:
             while chunk := answer.read(CHUNK):
                 yield chunk
     except urllib.error.HTTPError as exc:
         raise BuildFailed(f"the package index answers {exc.code} to {parts.path}: {exc.reason}") from exc
     except OSError as exc:
         raise BuildFailed(f"the package index does not answer: {exc}") from exc
+
+
+def _opener(host: str, environment: Mapping[str, str]) -> urllib.request.OpenerDirector:
+    """Through the proxy that uv goes through, and past it where uv goes past it."""
+    found = urllib.request.getproxies_environment()
+    past = urllib.request.proxy_bypass_environment(host, {"no": environment.get("no_proxy", "")})
+    proxies = {scheme: proxy for scheme in ("http", "https") if (proxy := found.get(scheme) or found.get("all"))}
+    return urllib.request.build_opener(urllib.request.ProxyHandler({} if past else proxies),
+                                       urllib.request.HTTPSHandler(context=ssl.create_default_context()))
 
 
 def _credentials(parts: SplitResult, environment: Mapping[str, str]) -> tuple[str, str] | None:
