@@ -108,14 +108,14 @@ async def test_what_a_proxy_refuses_is_told_at_once(proxy: Proxy, monkeypatch: p
     async with AsyncExitStack() as stack:
         for store in (await opened(stack, HOST), await opened(stack, f"{HOST}:{PLAIN}", tls="off")):
             before = len(proxy.seen)
-            with pytest.raises(Denied, match="proxy on the way to registry.example.* wants credentials") as found:
+            with pytest.raises(Denied, match=r"proxy on the way to registry\.example.* wants credentials") as found:
                 await store.put_blob("iris", digest(LAYER), chunks(LAYER))
             assert "hunter2" not in found.value.message and len(proxy.seen) == before + 1
         proxy.login = ""
         with pytest.raises(Denied, match=r"does not let us through \(403\)"):
             await (await opened(stack, "else.example")).check()
         monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
-        with pytest.raises(Unavailable, match="the proxy on the way to registry.example does not answer"):
+        with pytest.raises(Unavailable, match=r"the proxy on the way to registry\.example does not answer"):
             await (await opened(stack, HOST)).check()
 
 
@@ -144,7 +144,7 @@ async def test_tokens_come_through_it_too(
         if request.headers.get("Authorization") in ("Bearer given", "Bearer kept"):
             return None
         return web.Response(status=401, headers={
-            "WWW-Authenticate": f'Bearer realm="http://tokens.example:80/token",service="yard",scope="repository:x:pull"'})
+            "WWW-Authenticate": 'Bearer realm="http://tokens.example:80/token",service="yard",scope="repository:x:pull"'})
 
     config = tmp_path / "config.json"
     async with Gate(registry.port).open() as gate, AsyncExitStack() as stack:

@@ -42,8 +42,8 @@ def checked(text: str) -> URL:
     except ValueError:
         fits = False
     if not fits:  # the text may hold a password
-        raise Invalid(f"a proxy for registries is http://[USER:PASSWORD@]HOST:PORT; mend what {NAMED} say, or proxy= in "
-                      "the URL of images")
+        raise Invalid(f"a proxy for registries is http://[USER:PASSWORD@]HOST:PORT; mend what {NAMED} say, or proxy= "
+                      "in the URL of images")
     return proxy
 
 

@@ -57,7 +57,8 @@ class Allowed:
                 return now
             known = await login(self._host)
             if known is not None:
-                self._remember(known.password, known.identity, known.token, known.basic.partition(" ")[2] if known.user else "")
+                self._remember(known.password, known.identity, known.token,
+                               known.basic.partition(" ")[2] if known.user else "")
             value, lasts = await self._asked(repo, known, [_challenge(text) for text in challenges])
             if value:
                 self._values[repo] = value, time.monotonic() + lasts

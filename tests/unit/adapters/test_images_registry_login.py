@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from modelyard.adapters import urls
-from modelyard.adapters.images_registry_proxy import loopback
 from modelyard.adapters.images_registry_login import Login, login
+from modelyard.adapters.images_registry_proxy import loopback
 from modelyard.core.errors import Invalid
 
 AUTH = base64.b64encode(b"somebody:pass:word").decode()
