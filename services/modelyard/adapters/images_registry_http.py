@@ -43,8 +43,8 @@ class Reply:
 
 
 class Door:
-    """One registry. ``host`` is ``HOST[:PORT]``, ``proxy`` as in ``through``. Every call is bounded: ``timeout_s`` to the
-    first byte of an answer and from each to the next, and at most ``TRIES`` tries where a repetition does no harm."""
+    """One registry. ``host`` is ``HOST[:PORT]``, ``proxy`` as in ``through``. Every call is bounded: ``timeout_s`` to
+    the first byte of an answer and from each to the next, and at most ``TRIES`` tries where a repetition does no harm."""
 
     def __init__(self, host: str, tls: bool, timeout_s: float, proxy: str = "") -> None:
         self.host, self._proxy = host, proxy
