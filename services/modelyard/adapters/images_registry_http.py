@@ -44,7 +44,8 @@ class Reply:
 
 class Door:
     """One registry. ``host`` is ``HOST[:PORT]``, ``proxy`` as in ``through``. Every call is bounded: ``timeout_s`` to
-    the first byte of an answer and from each to the next, and at most ``TRIES`` tries where a repetition does no harm."""
+    the first byte of an answer and from each to the next, and ``TRIES`` tries at most, where a repetition does no
+    harm."""
 
     def __init__(self, host: str, tls: bool, timeout_s: float, proxy: str = "") -> None:
         self.host, self._proxy = host, proxy
