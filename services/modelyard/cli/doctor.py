@@ -36,7 +36,8 @@ Config = Annotated[Path | None, typer.Option(dir_okay=False, help="The settings 
 
 
 def doctor(config: Config = None, output: Output = Format.table) -> None:
-    """Looks at this machine, at what the settings name, and at the yard; exit 1 when something is missing.
+    """Looks at this machine, at what the settings name, and at the yard; exit 1 when something is missing. A warning
+    says what else would be possible.
 
     Example: modelyard doctor --config modelyard.toml
     """
@@ -71,7 +72,9 @@ def _sandbox() -> dict[str, Any]:
     from ..image_builder.sandbox import trouble
 
     found, _, fix = trouble().partition("; ")
-    return _row("build sandbox", not found, found or "works: packages that exist only as source can be built", fix)
+    if not found:
+        return _row("build sandbox", True, "works: packages that exist only as source can be built")
+    return {**_row("build sandbox", True, f"warning: packages come as wheels only; {found}"), "fix": fix}
 
 
 def _settings(config: Path | None) -> list[dict[str, Any]]:
