@@ -61,7 +61,8 @@ BLOBS = {"file": Adapter("blobs_dir", "DirBlobs"),
 GRANTS = {"file": Adapter("blobs_dir", "DirGrants"),
           "azure": Adapter("blobs_azure_grants", "AzureGrants", "azure", AZURE, network=True)}
 IMAGES = {"oci-layout": Adapter("images_layout", "LayoutImages"),
-          "oci": Adapter("images_registry", "RegistryImages", options={"tls": str, "timeout_s": float}, network=True)}
+          "oci": Adapter("images_registry", "RegistryImages", options={"tls": str, "timeout_s": float, "proxy": str},
+                         network=True)}
 SIGNED = {"require_signed": str}
 """What every target's URL may say: a file of the public keys that images must be signed by."""
 BUILDS = {"dockerfiles": str, "build_memory_mib": float, "build_cpus": float, "build_s": float}
@@ -117,7 +118,7 @@ async def open_grants(blobs_url: str) -> CaptureGrants:
 
 
 async def open_images(url: str) -> ImageStore:
-    """``oci-layout:///FOLDER``, ``oci://HOST:PORT[/PREFIX]``."""
+    """``oci-layout:///FOLDER``, ``oci://HOST:PORT[/PREFIX][?tls=off&timeout_s=30&proxy=off]``."""
     return await _plain("images", url, IMAGES)  # type: ignore[no-any-return]
 
 

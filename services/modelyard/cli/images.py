@@ -125,7 +125,9 @@ def show(image: ImageRef, output: Output = Format.table) -> None:
 
 @command(app, "wait", "modelyard images wait iris-scorer:7 --timeout 600")
 def wait(
-    image: ImageRef, timeout: Annotated[float, typer.Option(min=0, help="Seconds.")] = 900.0,
+    image: ImageRef, timeout: Annotated[float | None, typer.Option(
+        min=0, metavar="SECONDS", help="At most so long. Otherwise until its turn comes, and then as long as the build "
+                                       "may take (timeout_s of the image) and a minute.")] = None,
     output: Output = Format.table,
 ) -> None:
     """Waits until the build is over; exit 1 if it failed."""

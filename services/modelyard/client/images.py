@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from .verify import Verification, verify
 from .waiting import reason_of, settle
 
 OVER = frozenset({"ready", "failed", "cancelled"})
+BUILD_S, LATER_S = 1800.0, 60.0
+"""How long a build may take where its image does not say, and after that to be told as over."""
 
 
 class AsyncImage(ImageFields):
@@ -38,9 +41,10 @@ class AsyncImage(ImageFields):
         self._document = (await self._images.get(self.id)).document
         return self
 
-    async def wait(self, timeout_s: float = 900.0, *, on_progress: OnProgress | None = None) -> AsyncImage:
-        """Returns when the build is over. Raises BuildFailed with the reason (file and line where known; the rest
-        is in ``log``) and Unavailable with ``code="timeout"``."""
+    async def wait(self, timeout_s: float | None = None, *, on_progress: OnProgress | None = None) -> AsyncImage:
+        """Returns when the build is over. Without ``timeout_s`` that is waited for as long as it may take: until the
+        image's turn comes, and then its own ``timeout_s`` and a minute. Raises BuildFailed with the reason (file and
+        line where known; the rest is in ``log``) and Unavailable with ``code="timeout"``."""
         self._document = await self._images.settled(self.id, timeout_s, on_progress)
         return self
 
@@ -190,7 +194,8 @@ class AsyncImages:
         """The public key that the yard signs its images with: ``id``, ``algorithm``, ``pem``."""
         return dict(await self._http.json("GET", path("signing-key")))
 
-    async def settled(self, image: Reference, timeout_s: float, on_progress: OnProgress | None) -> dict[str, Any]:
+    async def settled(self, image: Reference, timeout_s: float | None,
+                      on_progress: OnProgress | None) -> dict[str, Any]:
         """The document of an image whose build is over and went well. Raises BuildFailed."""
 
         def seen(document: dict[str, Any]) -> None:
@@ -198,8 +203,11 @@ class AsyncImages:
                 on_progress(Progress("build", message=str(document.get("phase"))))
 
         ref = reference(image)
-        document = await settle(
-            self._http, path("images", ref), lambda d: d.get("phase") in OVER, timeout_s, f"image '{ref}'", seen)
+        where, what = path("images", ref), f"image '{ref}'"
+        if timeout_s is None:
+            begun = await settle(self._http, where, lambda d: d.get("phase") != "queued", math.inf, what, seen)
+            timeout_s = float(begun.get("timeout_s") or BUILD_S) + LATER_S
+        document = await settle(self._http, where, lambda d: d.get("phase") in OVER, timeout_s, what, seen)
         if document["phase"] != "ready":
             raise BuildFailed(
                 f"image '{ref}' {document['phase']}: {reason_of(document)}", image=ref,

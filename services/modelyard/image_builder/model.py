@@ -122,6 +122,15 @@ def requested(spec: ImageSpec, inputs: Sequence[ModelInput], *, workspace: str, 
         conditions=[_condition("Built", "Unknown", "Queued", "waiting for a builder", now)])
 
 
+def alike(one: Image, other: Image) -> bool:
+    """Whether both were asked for in the same words, of the same models and files: what a build looks up itself (the
+    tag of a base, an index) counts as it is written."""
+    def asked(doc: Image) -> dict[str, Any]:
+        return doc.model_dump(include={*ImageSpec.model_fields, "inputs"})
+
+    return asked(one) == asked(other)
+
+
 def _condition(type_: str, status: Any, reason: str, message: str, now: datetime) -> Condition:
     return Condition(type=type_, status=status, reason=reason, message=message, time=now)
 

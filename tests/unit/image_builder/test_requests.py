@@ -91,7 +91,8 @@ async def test_versions_rise_and_the_bare_name_is_the_highest_ready_one(yard: Ya
 
 async def test_many_requests_for_one_name_get_one_version_each(yard: Yard) -> None:
     score, lock = await yard.upload(SCORE), await yard.upload(b"")
-    docs = await asyncio.gather(*(yard.post(name="busy", score=score, lock=lock) for _ in range(12)))
+    docs = await asyncio.gather(
+        *(yard.post(name="busy", score=score, lock=lock, tags={"nr": str(n)}) for n in range(12)))
     assert sorted(d["version"] for d in docs) == list(range(1, 13))
     done = [await yard.over(d["id"]) for d in docs]
     assert {d["phase"] for d in done} == {"ready"} and len({d["digest"] for d in done}) == 1
