@@ -9,7 +9,7 @@ from typing import Any
 
 from .batches import execute_awaiting
 from .calls import ScoringFailed
-from .jobs import GIVEN_UP, Batch, Job, Outcome
+from .jobs import GIVEN_UP, Batch, Job, failed
 from .runners import Runner, log_failure
 
 CONCURRENT = 64
@@ -83,6 +83,6 @@ class AsyncWork:
         for job in batch.jobs:
             del self._of[job]
             if job.outcome is None:
-                job.outcome = Outcome(ScoringFailed("the call was cancelled by scoring code"))
+                job.outcome = failed(ScoringFailed("the call was cancelled by scoring code"))
         self._give_back((batch,))
         self._start_some()

@@ -42,7 +42,7 @@ class Lane:
         self._running: dict[int, Batch] = {}
         self._working = False  # the thread does
         self._turn_due = self._turning = False
-        self._large = 0
+        self._large = self._last_calls = 0
         self._typical_ns = INLINE_NS
         self._ended: deque[Batch] = deque()
         self._told = False
@@ -64,7 +64,8 @@ class Lane:
         return self._working or bool(self._running) or bool(self._queue)
 
     def submit(self, job: Job) -> None:
-        """Queues the job. It is begun in this turn of the loop at the earliest, with what else comes in it."""
+        """Queues the job, to be begun with what else comes in this turn of the loop; or runs it now, if it is the first
+        of the turn, it is short, and calls come one by one: then nobody else is waited for."""
         with self._lock:
             self.waiting += 1
             self._queue.append(job)
@@ -75,6 +76,9 @@ class Lane:
             self._own.wake()
         elif working:
             self._watch(job)
+        elif self._last_calls == 1 and not self._turn_due and not self._turning and self._is_short():
+            self._turn()
+            self._turn_soon()  # whatever else comes in this turn waits for the next
         else:
             self._turn_soon()
 
@@ -139,6 +143,7 @@ class Lane:
         while (batch := self._next(runner)) is not None:
             self._process(runner, batch)
             if batch.jobs:
+                self._last_calls = len(batch.jobs)
                 self._done((batch,))
             if time.perf_counter_ns() >= end:
                 return
