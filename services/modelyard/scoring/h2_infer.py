@@ -25,11 +25,11 @@ FRAMED_BYTES = 16_384
 class Infer:
     """A call that was submitted, and what stands for its task."""
 
-    __slots__ = ("_app", "_callbacks", "_cancelled", "_ended", "_rest", "_send", "submitted")
+    __slots__ = ("_app", "_callback", "_cancelled", "_ended", "_rest", "_send", "submitted")
 
     def __init__(self, app: H2App, send: Send) -> None:
         self._app, self._send = app, send
-        self._callbacks: list[Callable[[Any], object]] = []
+        self._callback: Callable[[Any], object] | None = None
         self._ended = self._cancelled = False
         self._rest: asyncio.Task[None] | None = None
         self.submitted: Any = None
@@ -72,7 +72,8 @@ class Infer:
     def _end(self) -> None:
         self._ended = True
         self._app.under_way.discard(self)
-        for callback in self._callbacks:
+        if (callback := self._callback) is not None:
+            self._callback = None
             callback(self)
 
     # What is asked of a task ----------------------------------------------------------------------------------------
@@ -88,11 +89,13 @@ class Infer:
             raise asyncio.CancelledError
 
     def add_done_callback(self, callback: Callable[[Any], object], *, context: Any = None) -> None:
-        """Called when it ends, by whatever ends it."""
+        """Called when it ends, by whatever ends it. There is one: who asked for the task."""
         if self._ended:
             self._app.loop.call_soon(callback, self)
+        elif self._callback is not None:
+            raise RuntimeError("an Infer has one callback")
         else:
-            self._callbacks.append(callback)
+            self._callback = callback
 
     def cancel(self, msg: Any = None) -> bool:
         """The caller went away: what was not begun never runs."""
@@ -113,12 +116,12 @@ def take(receive: Receive, limit: int, taken: list[Any]) -> bytes | None:
     parts: list[bytes] = []
     size, more = -5, True
     while more and size <= limit:
-        waits = receive()
+        waits: Any = receive()
         if hasattr(waits, "add_done_callback"):
             taken.append(waits)
             return None
         try:
-            waits.send(None)  # type: ignore[attr-defined]
+            waits.send(None)
             return None  # never: what need not wait has ended
         except StopIteration as end:
             event = end.value
