@@ -8,7 +8,7 @@ in h2corn's own callback and ended in the lane's. Whatever is not whole or not p
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import grpc_wire as wire
@@ -45,25 +45,23 @@ class Infer:
                     send(event)
             else:
                 ready = send(START)  # as every send that need not wait gives back
-                body, last = answer.body, {"type": DONE, "headers": [wire.STATUS_OK, *app.metadata(answer)]}
-                if len(body) < FRAMED_BYTES:
-                    waits = send({"type": BODY, "body": b"\0" + len(body).to_bytes(4, "big") + body})
-                else:
-                    send({"type": BODY, "body": b"\0" + len(body).to_bytes(4, "big"), "more_body": True})
-                    waits = send({"type": BODY, "body": body})
-                if waits is not ready:
-                    self._rest = app.loop.create_task(self._patiently(waits, last))
-                    return
-                send(last)
+                events = iter((*_framed(answer.body), {"type": DONE, "headers": [wire.STATUS_OK,
+                                                                                 *app.metadata(answer)]}))
+                for event in events:
+                    waits = send(event)
+                    if waits is not ready:
+                        self._rest = app.loop.create_task(self._patiently(waits, events))
+                        return
         except OSError:
             pass  # the caller went away
         self._end()
 
-    async def _patiently(self, waits: Any, last: dict[str, Any]) -> None:
+    async def _patiently(self, waits: Any, events: Iterator[dict[str, Any]]) -> None:
         """The caller reads slowly."""
         try:
             await waits
-            await self._send(last)
+            for event in events:
+                await self._send(event)
         except OSError:
             pass
         finally:
@@ -108,6 +106,13 @@ class Infer:
         self._app.plane.cancel(self.submitted)
         self._end()
         return True
+
+
+def _framed(body: bytes) -> tuple[dict[str, Any], ...]:
+    prefix = b"\0" + len(body).to_bytes(4, "big")
+    if len(body) < FRAMED_BYTES:
+        return ({"type": BODY, "body": prefix + body},)
+    return {"type": BODY, "body": prefix, "more_body": True}, {"type": BODY, "body": body}
 
 
 def take(receive: Receive, limit: int, taken: list[Any]) -> bytes | None:
