@@ -123,7 +123,7 @@ def address() -> str:
 
 def url(name: str) -> str | None:
     """Of a server in a container of this session, started now if it is not; None when there can be none."""
-    if os.environ.get(SESSION) is None or missing():
+    if name not in (*IMAGES, "docker") or os.environ.get(SESSION) is None or missing():
         return None
     found = address() if name == "docker" else _note(name).get("url")
     return found or None
@@ -131,6 +131,8 @@ def url(name: str) -> str | None:
 
 def told(name: str) -> str:
     """What became of a server, for the summary; "" when containers are no choice here."""
+    if name not in (*IMAGES, "docker"):
+        return ""
     if os.environ.get(SESSION) is None or missing():
         return f"no testcontainers: {missing()}" if mode() == "1" else ""
     if name == "docker":

@@ -4,6 +4,7 @@
         wire.freeze()                      # connections stay, nothing comes through, neither way
         wire.cut()                         # every connection is reset, new ones as well
         wire.slow(0.1, 1_000_000)          # each piece 0.1 s later, at so many bytes a second
+        wire.cut_once(sent=1_000_000)      # the connection that carries this byte, from now on, is reset; others go on
         wire.heal()
 
 ``port`` to listen on may be given. What was held back by ``freeze`` comes through afterwards, as after packet loss.
@@ -23,7 +24,9 @@ PIECE = 1 << 16
 class Proxy:
     def __init__(self, to: int, port: int = 0) -> None:
         self.to, self.port = to, port
-        self.passed = 0
+        self.passed = self.sent = self.got = 0
+        """Bytes in all, to the server, and from it."""
+        self._cuts: dict[str, int] = {}
         self._mode, self._late_s, self._bytes_s = "pass", 0.0, 0.0
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
@@ -63,6 +66,10 @@ class Proxy:
         """Each piece arrives ``late_s`` later, and at most ``bytes_s`` bytes a second (0: any number)."""
         self._set("pass", late_s, bytes_s)
 
+    def cut_once(self, sent: int | None = None, got: int | None = None) -> None:
+        """So many bytes from now, all connections together, to the server or from it."""
+        self._cuts = {way: left for way, left in (("sent", sent), ("got", got)) if left is not None}
+
     def _set(self, mode: str, late_s: float = 0.0, bytes_s: float = 0.0) -> None:
         done = threading.Event()
 
@@ -94,8 +101,8 @@ class Proxy:
             self._writers |= {writer, far_writer}
             try:
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(self._pump(reader, far_writer))
-                    group.create_task(self._pump(far_reader, writer))
+                    group.create_task(self._pump(reader, far_writer, "sent"))
+                    group.create_task(self._pump(far_reader, writer, "got"))
             finally:
                 self._writers -= {writer, far_writer}
                 far_writer.transport.abort()
@@ -105,16 +112,26 @@ class Proxy:
             writer.transport.abort()
             self._tasks.discard(task)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
         while piece := await reader.read(PIECE):
+            last = self._is_cut(way, len(piece))
             await self._open.wait()
             if late := self._late_s + (len(piece) / self._bytes_s if self._bytes_s else 0.0):
                 await asyncio.sleep(late)
             writer.write(piece)
             await writer.drain()
             self.passed += len(piece)
+            setattr(self, way, getattr(self, way) + len(piece))
+            if last:
+                raise ConnectionResetError
         with contextlib.suppress(OSError):
             writer.write_eof()
+
+    def _is_cut(self, way: str, size: int) -> bool:
+        if way not in self._cuts:
+            return False
+        self._cuts[way] -= size
+        return self._cuts[way] <= 0 and self._cuts.pop(way) <= 0
 
     async def _end(self) -> None:
         self._server.close()

@@ -21,6 +21,7 @@ SERVERS = {
     "azure": ("azurite", "Azurite"),
     "docker": ("docker", "Docker"),
     "registry": ("registry", "Registry"),
+    "kubernetes": ("kubernetes", "Kubernetes"),
 }
 """Name → (module, class), in the order they are started."""
 

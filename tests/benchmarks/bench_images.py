@@ -9,7 +9,6 @@ waited for by the SDK. The bill of materials and the provenance are in the bytes
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import statistics
@@ -31,23 +30,6 @@ NEEDS = ["scikit-learn", "onnxruntime"]
 SIZES = {"20 kB": 20_000, "1 MB": 1_000_000, "91 MB": 91_000_000}
 
 
-class Sent(Proxy):
-    """Counts what goes to the server, headers and all."""
-
-    sent = 0
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, read = writer.get_extra_info("peername")[1] == self.to, reader.read
-
-        async def counted(n: int = -1) -> bytes:
-            piece = await read(n)
-            self.sent += len(piece) if there else 0
-            return piece
-
-        reader.read = counted  # type: ignore[method-assign]
-        await super()._pump(reader, writer)
-
-
 @contextlib.contextmanager
 def stores(folder: Path) -> Iterator[dict[str, tuple[str | None, Callable[[], int]]]]:
     """Where images go: name → its URL (None: the default), and how many bytes were sent there so far."""
@@ -57,7 +39,7 @@ def stores(folder: Path) -> Iterator[dict[str, tuple[str | None, Callable[[], in
             print(f"no registry here: {reason}")
         else:
             registry = stack.enter_context(Registry(folder / "server"))
-            wire = stack.enter_context(Sent(registry.port))
+            wire = stack.enter_context(Proxy(registry.port))
             found["registry"] = f"oci://127.0.0.1:{wire.port}/bench", lambda: wire.sent
         yield found
 

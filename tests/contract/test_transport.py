@@ -104,6 +104,19 @@ def test_a_deadline_ends_the_call_and_what_has_expired_never_runs(channel: grpc.
     assert record["status"] in ("DEADLINE_EXCEEDED", "CANCELLED")
 
 
+def test_calls_that_expire_do_not_end_their_connection(channel: grpc.Channel, served: Served) -> None:
+    """By the hundred: what else is under way on it is answered. Who is too late to be answered resets its stream, which
+    in such numbers looks like an attack."""
+    infer = channel.unary_unary(INFER)
+    long = infer.future(ask(mark="long-one", sleep=3), timeout=30)
+    wait_for(lambda: "long-one" in served.ran())
+    for _ in range(3):
+        ended = [infer.future(ask(mark="expired"), timeout=0.4) for _ in range(100)]
+        assert {call.code() for call in ended} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+    assert outcome(long.result()).tolist() == [0]
+    assert "expired" not in served.ran()
+
+
 def test_a_cancelled_call_never_runs(channel: grpc.Channel, served: Served) -> None:
     infer, mark = channel.unary_unary(INFER), uuid.uuid4().hex
     ahead = infer.future(ask(mark=mark + "-ahead", sleep=0.6))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import http.client
 import ipaddress
 import json
 import os
@@ -169,8 +170,11 @@ def test_tls_and_a_client_that_must_be_known(tmp_path: Path, transport: str) -> 
         with grpc.insecure_channel(served.address) as channel:
             assert failed(lambda: channel.unary_unary(INFER)(ask(), timeout=5)).code() == grpc.StatusCode.UNAVAILABLE
         known = ssl.create_default_context(cafile=files["ca.crt"])
-        with urllib.request.urlopen(f"https://{served.replica.http}/v2/health/live", context=known) as answer:
-            assert json.load(answer) == {"live": True}
+        rest = http.client.HTTPSConnection(served.replica.http, context=known, timeout=10)
+        for body in (b'{"x": [1]}', iter((b'{"x": ', b"[1]}"))):  # the second one in chunks
+            rest.request("POST", "/score", body)
+            assert json.load(rest.getresponse()) == {"x": [1]}
+        rest.close()
     arguments += ("--tls-client-ca", str(files["ca.crt"]))
     with serving(tmp_path / "mtls", transport, arguments=arguments) as served:
         with grpc.secure_channel(served.address, credentials(files, "client")) as channel:
@@ -222,10 +226,12 @@ def _answers(infer: grpc.UnaryUnaryMultiCallable) -> bool:
         return False
 
 
-@pytest.mark.parametrize("given, library", [("grpc", "grpcio"), ("h2", "h2corn"), ("auto", "h2corn"), ("", "h2corn")])
-def test_the_log_says_which_transport_it_is(tmp_path: Path, given: str, library: str) -> None:
+@pytest.mark.parametrize("given, library, rest", [
+    ("grpc", "grpcio", "aiohttp"), *((name, "h2corn", "asyncio, aiohttp") for name in ("h2", "auto", ""))])
+def test_the_log_says_which_transport_it_is(tmp_path: Path, given: str, library: str, rest: str) -> None:
     with serving(tmp_path, given) as served:
-        assert f"grpc {served.address} ({library})" in served.replica.log.read_text()
+        log = served.replica.log.read_text()
+        assert f"grpc {served.address} ({library})" in log and f"http {served.replica.http} ({rest})" in log
 
 
 @pytest.mark.parametrize("arguments, why", [

@@ -85,9 +85,9 @@ def _bytes(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def serving(folder: Path, transport: str, env: dict[str, str] | None = None, limits: dict[str, int] | None = None,
-            arguments: tuple[str, ...] = (), **more: Any) -> Iterator[Served]:
+            arguments: tuple[str, ...] = (), score: str = SCORE, **more: Any) -> Iterator[Served]:
     """A replica of its own, capture on."""
-    root = make_root(folder, SCORE)
+    root = make_root(folder, score)
     runs, spool = folder / "runs", folder / "spool"
     with launch(root, spool=spool, capture={"enabled": True}, limits=limits, arguments=arguments,
                 env={"MODELYARD_TRANSPORT": transport, "RUNS": str(runs), **(env or {})}, **more) as replica:

@@ -10,124 +10,25 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import web
 
 from infra.stack.registry import Registry
 from infra.stack.server import run
+from modelyard.adapters import images_registry_errors_http as errors
 from modelyard.adapters import urls
 from modelyard.adapters.images_registry import RegistryImages
 from modelyard.adapters.images_registry_http import Door
 from modelyard.core.errors import Denied, Invalid, ModelyardError, NotFound, Unavailable
 from tests.backends import need
 from tests.contract.test_images import MANIFEST, chunks, digest, image, manifest, never, read
+from tests.gate import Gate
 
 pytestmark = pytest.mark.slow
 MB = 1 << 20
-HOP = {"transfer-encoding", "connection", "content-length"}
-
-
-@dataclass
-class Fault:
-    """What happens to the next ``times`` calls that fit: ``status``; or silence; or the connection is cut when so many
-    bytes of the request (``sent``) or of the answer (``got``) went through; ``after``: cut once the registry did it."""
-
-    fits: str
-    times: int = 1
-    status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
-    silent: bool = False
-    sent: int | None = None
-    got: int | None = None
-    after: bool = False
-    ranges: bool = True
-
-
-class Gate:
-    """Passes calls on to a registry, and fails as planned. ``seen`` are the calls, ``PATCH /v2/…``."""
-
-    def __init__(self, port: int) -> None:
-        self.target, self.port = f"http://127.0.0.1:{port}", 0
-        self.planned: list[Fault] = []
-        self.seen: list[str] = []
-        self.wants: Callable[[web.Request], web.Response | None] = lambda request: None
-        """Looks at each call first; what it answers, if anything, is the answer."""
-        self._silence = asyncio.Event()
-
-    @property
-    def url(self) -> str:
-        return f"oci://127.0.0.1:{self.port}"
-
-    def plan(self, fits: str, **how: Any) -> None:
-        self.planned.append(Fault(fits, **how))
-
-    def count(self, fits: str) -> int:
-        return sum(bool(re.search(fits, call)) for call in self.seen)
-
-    def _due(self, call: str) -> Fault | None:
-        found = next((f for f in self.planned if f.times and re.search(f.fits, call)), None)
-        if found is not None:
-            found.times -= 1
-        return found
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        call = f"{request.method} {request.path_qs}"
-        self.seen.append(call)
-        if (refused := self.wants(request)) is not None:
-            return refused
-        fault = self._due(call)
-        if fault is not None and fault.silent:
-            await self._silence.wait()
-        if fault is not None and fault.status:
-            return web.Response(status=fault.status, headers=fault.headers, body=fault.body)
-        body = await request.read()
-        cut = body[:fault.sent] if fault is not None and fault.sent is not None else body
-        headers = {k: v for k, v in request.headers.items() if k.lower() not in HOP}
-        if fault is not None and not fault.ranges:
-            headers.pop("Range", None)
-        async with aiohttp.ClientSession(auto_decompress=False) as session, session.request(
-                request.method, self.target + request.path_qs, headers=headers, data=cut or None) as answer:
-            got = await answer.read()
-            if fault is not None and (fault.sent is not None or fault.after):
-                assert request.transport is not None
-                request.transport.abort()
-            return await self._answer(request, answer, got, fault.got if fault is not None else None)
-
-    async def _answer(self, request: web.Request, answer: aiohttp.ClientResponse, got: bytes,
-                      limit: int | None) -> web.StreamResponse:
-        response = web.StreamResponse(status=answer.status, headers={
-            k: v for k, v in answer.headers.items() if k.lower() not in HOP or request.method == "HEAD"})
-        if request.method != "HEAD":
-            response.content_length = len(got)
-        await response.prepare(request)
-        if request.method != "HEAD":
-            await response.write(got if limit is None else got[:limit])
-            if limit is not None:
-                assert request.transport is not None
-                request.transport.abort()
-        return response
-
-    @asynccontextmanager
-    async def open(self) -> AsyncIterator[Gate]:
-        app = web.Application(client_max_size=1 << 30)
-        app.router.add_route("*", "/{path:.*}", self.handle)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        self.port = runner.addresses[0][1]
-        try:
-            yield self
-        finally:
-            self._silence.set()
-            await runner.cleanup()
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +36,13 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     need("registry")
     with Registry(tmp_path_factory.mktemp("registry")) as found:
         yield found
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """What is repeated is repeated sooner; but for a registry that comes back."""
+    if "kill_9" not in request.node.name:
+        monkeypatch.setattr(errors, "FIRST_S", 0.02)
 
 
 @pytest.fixture
@@ -425,7 +333,7 @@ async def test_no_password_is_given_to_a_token_server_without_tls() -> None:
     """To a registry with TLS, that is; the challenge is somebody's in between."""
     door = Door("r.example", True, 1.0)
     with pytest.raises(Denied, match="without TLS"):
-        await door._token({"realm": "http://evil.example/token"}, None)
+        await door._allowed.renew("iris", "", ['Bearer realm="http://evil.example/token"'])
     await door.close()
 
 

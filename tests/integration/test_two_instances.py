@@ -80,7 +80,8 @@ def test_two_builders_share_the_images_and_one_is_killed(pair: tuple[Yard, Yard]
     told = {event["id"]: event["subject"] for event in events(left, "types=image.*") if event["subject"] in ids}
     assert Counter(told.values()) == dict.fromkeys(ids, 2), "asked for once and built once, each"
     logs = [right.call("GET", f"/v1/images/{id}/log").body.decode() for id in ids]
-    assert [log.count(" built sha256:") for log in logs] == [1] * IMAGES
+    # The dead one may have told of a build that it could not commit any more: the other then built it once more.
+    assert {log.count(" built sha256:") for log in logs} <= {1, 2}
     assert all(left.call("GET", f"/v1/images/{id}/log").body.decode() == log for id, log in zip(ids, logs, strict=True))
     print(f"when one was killed: {dict(in_the_middle)}")
 

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
+from modelyard import AsyncScoringClient
 from modelyard.adapters import urls
+from modelyard.client.inference import CONNECTIONS
 from modelyard.ports.targets import DeploymentTarget, Observed, Workload
 from modelyard.wire import inference_pb2 as pb
 from modelyard.wire.inference_pb2_grpc import GRPCInferenceServiceStub
@@ -135,6 +138,29 @@ async def test_open_channels_move_to_a_replica_that_joins(stage: Stage) -> None:
             await asyncio.sleep(0.05)
     for channel in channels:
         await channel.close()
+
+
+async def test_one_scoring_client_uses_every_replica(stage: Stage) -> None:
+    """Also one that joins while it is open, the one that was there before, and one that takes a dead one's place."""
+    address = (await stage.serve(4, replicas=1)).endpoints["grpc"]
+    async with AsyncScoringClient(address, model="iris", timeout_s=20) as client:
+        async def who() -> set[int]:
+            answers = await asyncio.gather(*(client.infer({"data": np.zeros(1)}) for _ in range(4 * CONNECTIONS)))
+            return {int(answer["output-0"][0]) for answer in answers}
+
+        async def are(seen: Observed) -> None:
+            pids = {replica.pid for replica in seen.replicas}
+            async with asyncio.timeout(30):
+                while await who() != pids:
+                    await asyncio.sleep(0.05)
+
+        await are(await stage.serve(4, replicas=1))
+        three = await stage.serve(4, replicas=3)
+        await are(three)
+        victim = three.replicas[-1].pid
+        assert victim is not None
+        os.kill(victim, signal.SIGKILL)
+        await are(await stage.until(lambda o: o.ready == 3 and victim not in [r.pid for r in o.replicas]))
 
 
 async def infer(channel: grpc.aio.Channel) -> str:

@@ -32,12 +32,14 @@ from modelyard.image_builder.model import requested as image_requested
 from modelyard.kernel.call import check
 from modelyard.kernel.dead import DeadLetter, ParkedKey, Raw
 from modelyard.node import ROOMS
+from modelyard.registry.claims import Seen
 from modelyard.registry.model import Model, made, patched
 from modelyard.telemetry.model import File, Life, Segment
 
 NOW = datetime(2026, 11, 23, 14, 5, 6, 7, tzinfo=UTC)
 DIGEST = "sha256:" + "0" * 64
-MAPS = ("tags", "properties", "env", "holds", "ports", "endpoints", "not_recorded", "signature")
+MAPS = ("tags", "properties", "env", "holds", "ports", "endpoints", "not_recorded", "signature", "signatures",
+        "samples")
 """Fields that are callers' or our own maps of names, not objects with fields."""
 BY_NAME = ("secrets",)
 NEWER = {"by": ["N"], "text": "kept"}
@@ -54,8 +56,7 @@ def deployment() -> Deployment:
 
 def model() -> Model:
     spec = ModelSpec(name="iris", artifact=DIGEST, datasets=[Dataset(name="a"), Dataset(name="b", uri="https://e/b")])
-    return made(spec, 1, workspace="default", size=7, framework="custom", signature=None, parent=None, made_by=None,
-                now=NOW)
+    return made(spec, 1, workspace="default", size=7, seen=Seen("custom"), parent=None, made_by=None, now=NOW)
 
 
 def image() -> Image:

@@ -1,7 +1,8 @@
 """ImageStore on one folder: an OCI image layout (``oci-layout``, ``index.json``, ``blobs/sha256``).
 
 Any tool that reads layouts can read it. Beside the standard's files lie ``.lock`` (one writer of the index at a
-time, over all processes; the kernel lets go of it when its holder dies), ``.tmp`` (uploads on their way) and
+time, over all processes; the kernel lets go of it when its holder dies), ``.tmp`` (small files on their way),
+``.uploads`` (each is locked while somebody writes it; the next process takes away what nobody does) and
 ``.pins``: a pin says that a repo has put or found a blob that no manifest names yet, so that ``remove`` leaves
 it alone. ``put_manifest`` takes the pins of its blobs away; one older than a day belongs to a dead build.
 """
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 
 from ..core.errors import Invalid, NotFound, Unavailable
 from ..ports.images import ImageStore
-from .folder import in_thread
+from .folder import in_thread, sweep
 from .images_names import descriptors, hex_of, is_manifest, parts, repo_of, tag_of
 
 CHUNK = 1 << 20
@@ -45,6 +46,7 @@ class LayoutImages(ImageStore):
         self._root = Path(root)
         self._blobs = self._root / "blobs" / "sha256"
         self._tmp = self._root / ".tmp"
+        self._up = self._root / ".uploads"
         self._pins = self._root / ".pins"
         self._needs: dict[str, frozenset[str]] = {}
         self._made = False
@@ -60,15 +62,14 @@ class LayoutImages(ImageStore):
         """Streams into ``.tmp``, checks the digest, then moves into place: nobody sees half a blob."""
         if await in_thread(self._pin, repo_of(repo), hex_of(digest)):
             return False
-        upload = _Upload(self._tmp / secrets.token_hex(16))
+        upload = _Upload(self._up / secrets.token_hex(16))
         try:
             async for chunk in chunks:
                 if upload.hold(chunk):
                     await in_thread(self._guarded, upload.flush)
             return await in_thread(self._guarded, self._keep, upload, repo, digest)
         finally:
-            if upload.open:
-                await in_thread(upload.discard)
+            await in_thread(upload.end)
 
     async def get_blob(self, repo: str, digest: str, start: int = 0) -> AsyncIterator[bytes]:
         """Reads from ``start``; goes on reading when the blob is taken away meanwhile."""
@@ -114,8 +115,9 @@ class LayoutImages(ImageStore):
     def _prepare(self) -> None:
         if self._made:
             return
-        for folder in (self._blobs, self._tmp, self._pins):
+        for folder in (self._blobs, self._tmp, self._up, self._pins):
             folder.mkdir(parents=True, exist_ok=True)
+        sweep(self._up)
         if not (self._root / "oci-layout").exists():
             _replace(self._root / "oci-layout", LAYOUT, self._tmp)
         self._made = True
@@ -281,7 +283,7 @@ class _Upload:
         self._size = 0
         self._file: BinaryIO | None = None
         self.open = False
-        """Something of it may lie in ``path``."""
+        """Something of it lies in ``path``."""
 
     @property
     def digest(self) -> str:
@@ -295,19 +297,29 @@ class _Upload:
 
     def flush(self, last: bool = False) -> None:
         if self._file is None:
-            self._file, self.open = self.path.open("xb", buffering=0), True
+            self._file = self._locked()
         for chunk in self._held:
             self._hash.update(chunk)
         os_write_all(self._file.fileno(), b"".join(self._held))
         self._held, self._size = [], 0
         if last:
             os.fsync(self._file.fileno())
-            self._file.close()
 
-    def discard(self) -> None:
+    def _locked(self) -> BinaryIO:
+        while True:
+            file = self.path.open("xb", buffering=0)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if self.path.exists():  # else a sweep came between making and locking it
+                self.open = True
+                return file
+            file.close()
+
+    def end(self) -> None:
+        """Whatever was not kept goes."""
+        if self.open:
+            self.path.unlink(missing_ok=True)
         if self._file is not None:
             self._file.close()
-            self.path.unlink(missing_ok=True)
 
 
 def os_write_all(fd: int, data: bytes) -> None:

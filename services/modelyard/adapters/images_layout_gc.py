@@ -69,7 +69,8 @@ class LayoutSweep:
                 yield path
 
     def _uploads(self, limit: float) -> Iterator[Path]:
-        return (path for path in _of(self._images._tmp) if _written(path) < limit)
+        both = (*_of(self._images._tmp), *_of(self._images._up))
+        return (path for path in both if _written(path) < limit)
 
 
 def _of(folder: Path) -> list[Path]:

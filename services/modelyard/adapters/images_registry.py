@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import secrets
 from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -18,15 +19,16 @@ from weakref import WeakValueDictionary
 from ..core.errors import Denied, Invalid, ModelyardError, NotFound, Unavailable
 from ..ports.images import ImageStore
 from .images_names import MANIFESTS, OCI_CONFIG, OCI_MANIFEST, hex_of, is_manifest, parts, repo_of, tag_of
-from .images_registry_http import BROKEN, TRIES, Door, loopback, pause
+from .images_registry_errors_http import BROKEN, pause
+from .images_registry_http import TRIES, Door, loopback
 from .images_registry_known import Known
+from .images_registry_tags import MOVED, VERSION, Tags
 from .images_registry_upload import send
 
 CHUNK = 1 << 20
 SIDE_BY_SIDE = 8
 TORN = 3
 """So often a manifest is read that is not what its digest says: a registry on files writes them in place."""
-TAGS_A_PAGE = 1000
 CUT = (*BROKEN, Unavailable)
 
 
@@ -37,6 +39,7 @@ class RegistryImages(ImageStore):
         self._door = door
         self._prefix = f"{prefix}/" if prefix else ""
         self._known = Known(self._prefix, self._json)
+        self._tags = Tags(door)
         self._turn: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @classmethod
@@ -82,14 +85,15 @@ class RegistryImages(ImageStore):
         begun = None
         elsewhere = await self._known.where(digest)
         if elsewhere not in (None, name):
-            mounted = await self._door.ask(
-                "POST", f"/v2/{name}/blobs/uploads/?mount={digest}&from={elsewhere}", ok=(201, 202), repo=name,
-                about=f"blob {digest[:19]} of {name}", headers={"Content-Length": "0"})
+            mounted = await self._door.ask(  # 401, 403: we may not read there, and can still send it
+                "POST", f"/v2/{name}/blobs/uploads/?mount={digest}&from={elsewhere}", ok=(201, 202, 401, 403),
+                repo=name, about=f"blob {digest[:19]} of {name}", headers={"Content-Length": "0"})
             if mounted.status == 201:
                 self._known.note(name, digest)
                 return False
             self._known.drop(digest)
-            begun = self._door.location(mounted.headers, mounted.url)
+            if mounted.status == 202:
+                begun = self._door.location(mounted.headers, mounted.url)
         await send(self._door, name, digest, chunks, begun)
         self._known.note(name, digest)
         return True
@@ -116,7 +120,7 @@ class RegistryImages(ImageStore):
                 if attempt > TRIES:
                     raise (exc if isinstance(exc, Unavailable) else
                            self._door.broken(f"blob {digest[:19]} of {name}", exc)) from exc
-                await pause(attempt)
+                await pause(attempt, exc)
         if seen is not None and f"sha256:{seen.hexdigest()}" != digest:
             raise Invalid(f"blob {digest} is damaged in the registry {self._door.host}: its bytes hash to "
                           f"sha256:{seen.hexdigest()}")
@@ -151,10 +155,14 @@ class RegistryImages(ImageStore):
         await self._all_there(name, needs)
         digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
         async with self._turn.setdefault(name, asyncio.Lock()):
-            before = await self._digest(name, tag)
+            before = await self._tags.digest(name, tag)
+            if moves := before not in (None, digest):
+                await self._mark(name, tag)
             await self._put(name, tag, manifest, media_type)
-            if before not in (None, digest):
-                await self._delete(name, str(before), unless_tagged=True)
+            self._tags.note(name, tag, digest)
+            if moves:
+                await self._mark(name, tag)
+                await self._delete(name, str(before), had=tag)
         self._known.note(name, *(part["digest"] for part in needs if not is_manifest(part)))
         return digest
 
@@ -190,11 +198,10 @@ class RegistryImages(ImageStore):
         a manifest of our own that the tag is moved to first."""
         name, tag = self._name(repo), tag_of(tag)
         async with self._turn.setdefault(name, asyncio.Lock()):
-            digest = await self._digest(name, tag)
+            digest = await self._tags.digest(name, tag)
             if digest is None:
                 return
-            others = await self._tags_of(name, digest, but=tag)
-            if not others:
+            if not await self._tags.others(name, digest, tag):
                 return await self._delete(name, digest)
             done = await self._door.ask("DELETE", f"/v2/{name}/manifests/{tag}", about=f"tag {tag} of {name}",
                                         ok=(200, 202, 400, 404, 405), repo=name)
@@ -203,6 +210,17 @@ class RegistryImages(ImageStore):
 
     async def _put_aside(self, name: str, tag: str) -> str:
         """Moves the tag to a manifest that nothing else is like; its digest."""
+        return await self._put_note(name, tag, "io.modelyard.removed", f"{name}:{tag}")
+
+    async def _mark(self, name: str, tag: str) -> None:
+        """A tag that others remember moves: says so to them."""
+        if VERSION.match(tag):
+            before = await self._tags.digest(name, MOVED)
+            await self._put_note(name, MOVED, "io.modelyard.moved", f"{tag} {secrets.token_hex(8)}")
+            if before is not None:
+                await self._delete(name, before, had=MOVED)
+
+    async def _put_note(self, name: str, tag: str, what: str, told: str) -> str:
         config = b"{}"
         digest = f"sha256:{hashlib.sha256(config).hexdigest()}"
         if await self._size(name, digest) is None:
@@ -210,7 +228,7 @@ class RegistryImages(ImageStore):
         body = json.dumps({
             "schemaVersion": 2, "mediaType": OCI_MANIFEST, "layers": [],
             "config": {"mediaType": OCI_CONFIG, "digest": digest, "size": len(config)},
-            "annotations": {"io.modelyard.removed": f"{name}:{tag}"}}).encode()
+            "annotations": {what: told}}).encode()
         await self._put(name, tag, body, OCI_MANIFEST)
         return f"sha256:{hashlib.sha256(body).hexdigest()}"
 
@@ -225,50 +243,16 @@ class RegistryImages(ImageStore):
                     raise Invalid(exc.message, code="blob-missing" if "BLOB_UNKNOWN" in exc.message else None) from exc
                 await pause(attempt)  # we gave no digest: another process puts the same manifest at this moment
 
-    async def _delete(self, name: str, digest: str, unless_tagged: bool = False) -> None:
-        """A manifest, and with it every tag that has it. A registry that deletes nothing keeps it untagged."""
-        if unless_tagged and await self._tags_of(name, digest):
+    async def _delete(self, name: str, digest: str, had: str = "") -> None:
+        """A manifest, and with it every tag that has it; not what others than ``had`` have, which moved away from it. A
+        registry that deletes nothing keeps that one untagged."""
+        if had and had != MOVED and await self._tags.others(name, digest, had):
             return
         done = await self._door.ask("DELETE", f"/v2/{name}/manifests/{digest}", ok=(200, 202, 400, 404, 405), repo=name,
                                     about=f"manifest {digest[:19]} of {name}")
-        if done.status in (400, 405) and not unless_tagged:
+        if done.status in (400, 405) and not had:
             raise Denied(f"the registry {self._door.host} deletes nothing: turn its deletion on (CNCF Distribution: "
                          "storage.delete.enabled, or REGISTRY_STORAGE_DELETE_ENABLED=true)")
-
-    async def _digest(self, name: str, tag: str) -> str | None:
-        found = await self._door.ask("HEAD", f"/v2/{name}/manifests/{tag}", about=f"tag {tag} of {name}", ok=(200, 404),
-                                     repo=name, headers={"Accept": MANIFESTS})
-        if found.status == 404:
-            return None
-        if told := found.headers.get("Docker-Content-Digest", ""):
-            return told
-        body = await self._door.ask("GET", f"/v2/{name}/manifests/{tag}", about=f"tag {tag} of {name}", repo=name,
-                                    headers={"Accept": MANIFESTS})
-        return f"sha256:{hashlib.sha256(body.body).hexdigest()}"
-
-    async def _tags_of(self, name: str, digest: str, but: str = "") -> list[str]:
-        """The tags, other than ``but``, that have this manifest."""
-        limit = asyncio.Semaphore(SIDE_BY_SIDE)
-
-        async def one(tag: str) -> bool:
-            async with limit:
-                return await self._digest(name, tag) == digest
-
-        tags = [tag for tag in await self._tags(name) if tag != but]
-        found = await asyncio.gather(*(one(tag) for tag in tags))
-        return [tag for tag, same in zip(tags, found, strict=True) if same]
-
-    async def _tags(self, name: str) -> list[str]:
-        tags: list[str] = []
-        while True:
-            after = f"&last={tags[-1]}" if tags else ""
-            page = await self._door.ask("GET", f"/v2/{name}/tags/list?n={TAGS_A_PAGE}{after}", ok=(200, 404),
-                                        about=f"tags of {name}", repo=name)
-            found = (json.loads(page.body) if page.status == 200 else {}).get("tags") or []
-            fresh = [tag for tag in found if tag not in set(tags)]
-            tags += fresh
-            if len(found) < TAGS_A_PAGE or not fresh:
-                return tags
 
     async def _all_there(self, name: str, needs: list[dict[str, Any]]) -> None:
         limit = asyncio.Semaphore(SIDE_BY_SIDE)

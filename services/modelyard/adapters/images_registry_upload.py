@@ -10,7 +10,8 @@ from contextlib import suppress
 from yarl import URL
 
 from ..core.errors import Invalid, ModelyardError, NotFound, Unavailable
-from .images_registry_http import BROKEN, TRIES, Door, Reply, pause
+from .images_registry_errors_http import BROKEN, pause
+from .images_registry_http import TRIES, Door, Reply
 
 PART = 4 << 20
 """Bytes sent in one call: what an upload holds in memory, and what a cut may cost at most."""
@@ -80,10 +81,10 @@ class Upload:
             try:
                 done = await self._door.ask("PATCH", at, about=self._about, ok=(202, 204, 404, 416), repo=self._repo,
                                             headers=headers, data=rest, tries=1)
-            except Unavailable:
+            except Unavailable as exc:
                 if attempt == TRIES:
                     raise
-                await pause(attempt)
+                await pause(attempt, exc)
             else:
                 if done.status not in (404, 416):
                     self._at = self._door.location(done.headers, done.url)
@@ -129,7 +130,7 @@ class Upload:
                     raise Lost(f"{self._about}: the registry {self._door.host} did not keep it; try again") from exc
                 if attempt == TRIES:
                     raise
-                await pause(attempt)
+                await pause(attempt, exc)
                 self._at = None  # all of it is in our hands: a new upload is the surest
                 continue
             break

@@ -13,9 +13,10 @@ from .folder import found
 from .images import built
 from .options import Base, Env, Output, Tags, connect, pairs
 from .show import Format, Steps, document
+from .signature import score_line
 
 if TYPE_CHECKING:
-    from ..client import Client, Deployment
+    from ..client import Client, Deployment, Image
 
 UNKNOWN_INPUT = '{"data": [[…]]}'
 
@@ -23,7 +24,7 @@ UNKNOWN_INPUT = '{"data": [[…]]}'
 def deploy(
     path: Annotated[Path, typer.Argument(exists=True, help="A folder with score.py, requirements.txt (pyproject.toml, "
                                                            "environment.yml) and the model's files; or one .onnx, "
-                                                           ".skops or .joblib file.")],
+                                                           ".skops, .pt or .joblib file or MLflow folder.")],
     name: Annotated[str, typer.Option("--name", "-n", help="The deployment's name, and the model's and image's.")],
     model: Annotated[str | None, typer.Option(help="Another name for the model.")] = None,
     image: Annotated[str | None, typer.Option(help="Another name for the image.")] = None,
@@ -45,12 +46,12 @@ def deploy(
             models = []
             if parts.model is not None:
                 models.append(_register(yard, steps, model or name, parts.model, trust, pairs(tag, "--tag")))
-            built_image = _build(yard, steps, image or name, models, parts.score, parts.requirements, base)
-        service = _run(yard, steps, name, built_image, target, replicas, capture, pairs(env, "--env"))
+            made = _build(yard, steps, image or name, models, parts.score, parts.requirements, base)
+        service = _run(yard, steps, name, made.id, target, replicas, capture, pairs(env, "--env"))
     if output is not Format.table:
         document(service.document, output, "Deployment")
     else:
-        _tell(service)
+        _tell(service, next(iter(made.samples.values()), None))
 
 
 def _register(
@@ -66,7 +67,7 @@ def _register(
 def _build(
     yard: Client, steps: Steps, name: str, models: list[str], score: Path | None, requirements: Path | None,
     base: str | None,
-) -> str:
+) -> Image:
     steps.start(f"building {name}")
     wanted: dict[str, Any] = {"kind": "Image", "name": name, "models": models, **({"base": base} if base else {})}
     if score is not None:
@@ -76,7 +77,7 @@ def _build(
     (change,) = yard.apply([wanted], on_progress=steps)
     image = built(yard, yard.images.get(change.id), steps)
     steps.done(f"image {image.id}{' (as it was)' if change.action == 'unchanged' else ''}")
-    return image.id
+    return image
 
 
 def _run(
@@ -99,11 +100,13 @@ def _run(
     return service
 
 
-def _tell(service: Deployment) -> None:
+def _tell(service: Deployment, sample: Any) -> None:
     ends = service.endpoints
     print(f"REST  {ends.get('rest')}/score")
     print(f"gRPC  {ends.get('grpc')}")
-    print(f"try   modelyard score {service.name} --data '{_example(ends.get('rest', ''), service.name)}'", flush=True)
+    example = f"modelyard score {service.name} --data '{_example(ends.get('rest', ''), service.name)}'" \
+        if sample is None else score_line(service.name, sample)
+    print(f"try   {example}", flush=True)
 
 
 def _example(rest: str, name: str) -> str:

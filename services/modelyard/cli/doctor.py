@@ -40,7 +40,7 @@ def doctor(config: Config = None, output: Output = Format.table) -> None:
 
     Example: modelyard doctor --config modelyard.toml
     """
-    rows = [_python(), _machine(), _uv(), *_settings(config), *_yard()]
+    rows = [_python(), _machine(), _uv(), _sandbox(), *_settings(config), *_yard()]
     documents(rows, COLUMNS, output)
     if not all(row["ok"] for row in rows):
         raise typer.Exit(1)
@@ -65,6 +65,13 @@ def _uv() -> dict[str, Any]:
     beside = Path(sys.executable).with_name("uv")
     where = str(beside) if beside.is_file() else shutil.which("uv")
     return _row("uv", where is not None, where or "not found", f"{sys.executable} -m pip install uv")
+
+
+def _sandbox() -> dict[str, Any]:
+    from ..image_builder.sandbox import trouble
+
+    found, _, fix = trouble().partition("; ")
+    return _row("build sandbox", not found, found or "works: packages that exist only as source can be built", fix)
 
 
 def _settings(config: Path | None) -> list[dict[str, Any]]:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from ..core.errors import Invalid
 
-ALONE = (".onnx", ".skops", ".ubj", ".joblib", ".pkl", ".pickle")
+ALONE = (".onnx", ".skops", ".ubj", ".pt", ".pt2", ".joblib", ".pkl", ".pickle")
 """Endings of files that are served without any code."""
-PICKLES = (".joblib", ".pkl", ".pickle")
+PICKLES = (".joblib", ".pkl", ".pickle", ".pt2")
+"""Endings of files that may run code when they are loaded."""
 NOT_MODEL = (".py", ".md", ".rst", ".ipynb")
 REQUIREMENTS = "requirements.txt"
 DEPENDENCIES = (REQUIREMENTS, "pyproject.toml", "environment.yml", "environment.yaml")
@@ -41,10 +42,13 @@ def found(path: Path, trust: bool) -> Iterator[Found]:
     if path.is_file():
         yield _alone(path, trust)
         return
+    if (path / "MLmodel").is_file() and not (path / "score.py").is_file():
+        yield Found(path)
+        return
     if not (path / "score.py").is_file():
         raise Invalid(
-            f"there is no score.py in '{path}'; put one there (init() and run(data)), or give one model file: "
-            f"{', '.join(ALONE)}", field="path")
+            f"there is no score.py in '{path}'; put one there (init() and run(data)), or give an MLflow folder or one "
+            f"model file: {', '.join(ALONE)}", field="path")
     code, rest = _sorted(path)
     with tempfile.TemporaryDirectory(prefix="modelyard-deploy-") as stage:
         needs = _dependencies(path)
@@ -69,7 +73,8 @@ def _alone(path: Path, trust: bool) -> Found:
             f"'{path.name}' cannot be served alone; give {', '.join(ALONE)}, or a folder with score.py", field="path")
     if path.suffix.lower() in PICKLES and not trust:
         raise Invalid(
-            f"loading '{path.name}' may run code that it holds; say --trust if it is yours, or save it with skops",
+            f"loading '{path.name}' may run code that it holds; say --trust if it is yours, or save it with "
+            f"{'torch.jit.save' if path.suffix.lower() == '.pt2' else 'skops'}",
             field="path")
     return Found(path)
 

@@ -25,6 +25,7 @@ from .options import (
     pairs,
 )
 from .show import Column, Format, Steps, document, documents, size
+from .signature import described
 
 if TYPE_CHECKING:
     from ..client import Client, Image
@@ -65,6 +66,8 @@ def build(
     platform: Annotated[str | None, typer.Option(help="linux/amd64 or linux/arm64.")] = None,
     base: Base = None,
     env: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Public environment, baked in.")] = None,
+    time_limit: Annotated[int | None, typer.Option(
+        min=1, metavar="SECONDS", help="A build that takes longer fails: 1800 unless said otherwise.")] = None,
     tag: Tags = None, property: Properties = None, description: Description = None, wait: Wait = True,
     output: Output = Format.table,
 ) -> None:
@@ -80,7 +83,8 @@ def build(
         image = yard.images.build(
             name, models=model or [], score=score, requirements=needs, lock=lock, python=python,
             platform=platform, base=base, env=pairs(env, "--env"), tags=pairs(tag, "--tag"),
-            properties=pairs(property, "--property"), description=description, on_progress=steps)
+            properties=pairs(property, "--property"), description=description, timeout_s=time_limit,
+            on_progress=steps)
         if wait:
             image = built(yard, image, steps)
         steps.done(f"image {image.id} is {image.phase}")
@@ -101,9 +105,16 @@ def list_(
 
 @command(app, "show", "modelyard images show iris-scorer")
 def show(image: ImageRef, output: Output = Format.table) -> None:
-    """One version, in full."""
+    """One version, in full: what its models take and give as well, and a line to try it."""
     with connect() as yard:
-        document(yard.images.get(image).document, output, "Image")
+        found = yard.images.get(image)
+        running = yard.deployments.list(image=found.id, limit=1) if found.samples and output is Format.table else []
+    if output is not Format.table:
+        document(found.document, output, "Image")
+        return
+    document({k: v for k, v in found.document.items() if k not in ("signatures", "samples")}, output)
+    for line in described(found.document, *(service.name for service in running)):
+        print(line)
 
 
 @command(app, "wait", "modelyard images wait iris-scorer:7 --timeout 600")

@@ -20,6 +20,7 @@ from .options import (
     connect,
     group,
     pairs,
+    read_json,
 )
 from .show import Column, Format, Steps, document, documents, size
 
@@ -37,18 +38,26 @@ def register(
     trust: Annotated[bool, typer.Option("--trust", help="The file may run code when it is loaded (joblib, pickle), "
                                                         "and it is yours.")] = False,
     tag: Tags = None, property: Properties = None, description: Description = None,
+    signature: Annotated[str | None, typer.Option(
+        metavar="JSON", help='What it takes and gives, where its file does not say: {"inputs": [{"name": "x", '
+                             '"datatype": "FP32", "shape": [-1, 4]}], "outputs": […]}; @FILE reads a file.')] = None,
+    sample: Annotated[str | None, typer.Option(
+        metavar="JSON", help='An input that it takes, as modelyard score takes it: {"data": [[5.1, 3.5, 1.4, 0.2]]}; '
+                             "@FILE reads a file.")] = None,
     parent: Annotated[str | None, typer.Option(help="The model it was made from: iris:3.")] = None,
     run: Annotated[str | None, typer.Option(help="The training run.")] = None,
     experiment: Annotated[str | None, typer.Option(help="The experiment.")] = None,
     output: Output = Format.table,
 ) -> None:
     """Uploads a file or a folder and registers it as the next version."""
+    said, given = (read_json(text, name) if text is not None else None
+                   for text, name in ((signature, "--signature"), (sample, "--sample")))
     with connect() as yard, Steps() as steps:
         steps.start(f"registering {name}")
         model = yard.models.register(
             name, path, framework=framework, framework_version=framework_version, trusted=trust,
-            tags=pairs(tag, "--tag"), properties=pairs(property, "--property"), description=description, parent=parent,
-            run=run, experiment=experiment, on_progress=steps)
+            tags=pairs(tag, "--tag"), properties=pairs(property, "--property"), description=description,
+            signature=said, sample=given, parent=parent, run=run, experiment=experiment, on_progress=steps)
         steps.done(f"registered {model.id}")
     document(model.document, output, "Model")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -80,6 +83,20 @@ def pairs(given: list[str] | None, option: str) -> dict[str, str] | None:
     if bad := [text for text, (key, equals, _) in zip(given, split, strict=True) if not (key and equals)]:
         usage(f"{option} needs KEY=VALUE, not '{bad[0]}'")
     return {key: value for key, _, value in split}
+
+
+def read_json(given: str, option: str) -> Any:
+    """JSON as an option gives it: the text itself, ``@FILE``, or ``-`` for stdin; anything else is a usage error."""
+    text = sys.stdin.read() if given == "-" else given
+    if given.startswith("@"):
+        try:
+            text = Path(given[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            usage(f"cannot read '{given[1:]}': {exc}")
+    try:
+        return json.loads(text)
+    except ValueError as exc:
+        usage(f"{option} is not JSON: {exc}")
 
 
 def changed_tags(given: list[str] | None) -> dict[str, str | None] | None:

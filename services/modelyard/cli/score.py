@@ -14,7 +14,7 @@ import typer
 
 from ..core.errors import Invalid, ModelyardError
 from .guard import fail, usage
-from .options import DeploymentRef, Output, connect
+from .options import DeploymentRef, Output, connect, read_json
 from .show import Format
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def score(
             _each_line(yard.deployments.get(deployment), lines, timeout)
         return
     assert data is not None
-    body = _read(data)
+    body = read_json(data, "--data")
     with connect() as yard:
         answer = yard.deployments.score(deployment, body, protocol=protocol.value, timeout_s=timeout)
     answer = _plain(answer)
@@ -90,20 +90,6 @@ def _parsed(source: IO[str]) -> Iterator[Any]:
                 yield json.loads(line)
             except ValueError as exc:
                 raise Invalid(f"line {number} is not JSON: {exc}") from exc
-
-
-def _read(data: str) -> Any:
-    if data == "-":
-        data = sys.stdin.read()
-    elif data.startswith("@"):
-        try:
-            data = Path(data[1:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as exc:
-            usage(f"cannot read '{data[1:]}': {exc}")
-    try:
-        return json.loads(data)
-    except ValueError as exc:
-        usage(f"--data is not JSON: {exc}")
 
 
 def _plain(value: Any) -> Any:

@@ -146,7 +146,8 @@ class _Apply:
         return found.id
 
     async def _write(self, kind: str, wanted: dict[str, Any], now: dict[str, Any], id: str | None) -> dict[str, Any]:
-        body = {k: v for k, v in wanted.items() if v is not None}
+        # What nobody asked for is not sent: an older server refuses a field that it does not know.
+        body = KINDS[kind].model_validate(wanted).model_dump(mode="json", exclude_defaults=True)
         if kind == "Deployment":
             return (await self.yard.deployments.put(body)).document
         if id is None:

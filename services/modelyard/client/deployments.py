@@ -61,11 +61,19 @@ class AsyncDeployment(DeploymentFields):
 
     def client(self, **options: Any) -> AsyncScoringClient:
         """A scoring client for this deployment, for many calls and for streams: ``infer``, ``infer_many``. ``options``
-        as ``ScoringClient`` has them; ``model`` is the deployment's name unless it says otherwise. It has connections
-        of its own: close it. Raises Unavailable when the deployment has no address yet."""
+        as ``ScoringClient`` has them; ``model`` is the deployment's name unless it says otherwise, ``connections`` at
+        least the replicas that it has now. It has connections of its own: close it. Raises Unavailable when the
+        deployment has no address yet."""
         from .inference import AsyncScoringClient
 
-        return AsyncScoringClient(self.grpc_address, **{"model": self.id, **options})
+        return AsyncScoringClient(self.grpc_address, **self._terms(options))
+
+    def _terms(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a scoring client, with what this deployment makes of those that are not given."""
+        from .inference import CONNECTIONS
+
+        enough = max(CONNECTIONS, int(self._document.get("replicas") or 0))
+        return {"model": self.id, "connections": enough, **options}
 
     async def update(self, /, **changes: Any) -> AsyncDeployment:
         """As ``deployments.update``; the object shows the new state."""

@@ -81,6 +81,16 @@ class ModelFields(Versioned):
         """The digest of its bytes: ``sha256:…``."""
         return str(self.document["artifact"])
 
+    @property
+    def signature(self) -> Mapping[str, Any] | None:
+        """What it takes and gives, where its file or its registration says."""
+        return self.document.get("signature")
+
+    @property
+    def sample(self) -> Any:
+        """An input that it takes, as a body of ``/score``, where there is one."""
+        return self.document.get("sample")
+
 
 class ImageFields(Versioned):
     """An image."""
@@ -94,6 +104,17 @@ class ImageFields(Versioned):
     def digest(self) -> str | None:
         """The OCI digest, once it is ready."""
         return self.document.get("digest")
+
+    @property
+    def signatures(self) -> Mapping[str, Any]:
+        """Model id → ``{"inputs": [{"name", "datatype", "shape"}], "outputs": […]}``, once it is ready, where the
+        models' own flavours serve and their files or registrations say."""
+        return dict(self.document.get("signatures") or {})
+
+    @property
+    def samples(self) -> Mapping[str, Any]:
+        """Model id → an input that it takes, as a body of ``/score``."""
+        return dict(self.document.get("samples") or {})
 
 
 class DeploymentFields(Fields):

@@ -72,7 +72,7 @@ class AsyncImages:
         requirements: Sequence[str] | str | Path | Needs | None = None, lock: str | Path | None = None,
         python: str | None = None, platform: str | None = None, base: str | None = None,
         env: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None,
-        properties: Mapping[str, str] | None = None, description: str | None = None,
+        properties: Mapping[str, str] | None = None, description: str | None = None, timeout_s: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> AsyncImage:
         """Asks for the next version of ``name`` and returns at once; ``wait`` on the answer.
@@ -80,7 +80,8 @@ class AsyncImages:
         ``score`` is a ``score.py`` or a folder with one (absent: the models' own flavour answers).
         ``requirements`` is a list, or the path of a requirements file, a ``pyproject.toml`` (with extras:
         ``pyproject.toml[gpu]``) or a conda ``environment.yml``, whose Python the image gets unless ``python`` says
-        another; ``lock`` a lock to use as it is. Raises Invalid with every problem that can be seen before building.
+        another; ``lock`` a lock to use as it is; ``timeout_s`` how long the build may take (30 min). Raises Invalid
+        with every problem that can be seen before building.
 
         >>> image = yard.images.build("iris-scorer", models=[model]).wait()
         >>> image.id, image.phase
@@ -92,7 +93,7 @@ class AsyncImages:
             name=name, models=[reference(m) for m in models], score=await self._stored(score, on_progress),
             requirements=needs.requirements, constraints=needs.constraints,
             lock=await self._stored(lock, on_progress), python=python or needs.python, platform=platform, base=base,
-            env=env, tags=tags, properties=properties, description=description,
+            env=env, tags=tags, properties=properties, description=description, timeout_s=timeout_s,
         )
         return await self.create(body)
 

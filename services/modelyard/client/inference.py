@@ -19,6 +19,9 @@ from .oip import SERVICE, asks, error_from
 from .pipeline import CLOSED, Pipeline, Plan
 
 IN_FLIGHT = 128
+CONNECTIONS = 4
+"""A connection is one replica's: a client with one connection uses one replica. More than a few cost more than they
+give where there is one replica."""
 
 
 class AsyncScoringClient:
@@ -26,10 +29,10 @@ class AsyncScoringClient:
 
     ``address``: ``host:port`` or ``unix:PATH``, or several. ``model``: a model's or a deployment's name. ``timeout_s``
     bounds each call and each item, with all that is repeated. ``connections``: TCP connections to keep, to the
-    addresses in turn; of a deployment with several replicas at most so many are used. ``tls``: True, or a ``Tls`` with
-    files. ``metadata`` goes with every call (``{"authorization": "Bearer …"}``). Nothing is sent before the first call.
-    For one event loop, any number of calls at once; use it as a context manager, or ``close`` it. Raises Invalid for
-    arguments that cannot be.
+    addresses in turn; calls take turns over them. Of a deployment with several replicas at most so many are used.
+    ``tls``: True, or a ``Tls`` with files. ``metadata`` goes with every call (``{"authorization": "Bearer …"}``).
+    Nothing is sent before the first call. For one event loop, any number of calls at once; use it as a context manager,
+    or ``close`` it. Raises Invalid for arguments that cannot be.
 
         async with AsyncScoringClient("127.0.0.1:8081", model="iris") as scorer:
             outputs = await scorer.infer({"X": rows})
@@ -39,7 +42,7 @@ class AsyncScoringClient:
 
     def __init__(
         self, address: str | Sequence[str], *, model: str, version: str = "", timeout_s: float = 60.0,
-        connections: int = 2, tls: Tls | bool | None = None, metadata: Mapping[str, str] | None = None,
+        connections: int = CONNECTIONS, tls: Tls | bool | None = None, metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.route = route(address, tls)
         self._model, self._version = model, version

@@ -12,7 +12,7 @@ import grpc
 
 from .channels import Tls
 from .faces import Face, Portal, blocks, told_as
-from .inference import IN_FLIGHT, AsyncScoringClient
+from .inference import CONNECTIONS, IN_FLIGHT, AsyncScoringClient
 from .inputs import Inputs, Outputs, read_unary
 from .many import Declared, OnError, Result, seconds
 from .oip import SERVICE, asks, error_from
@@ -31,7 +31,7 @@ class ScoringClient(Face[AsyncScoringClient]):
 
     def __init__(
         self, address: str | Sequence[str], *, model: str, version: str = "", timeout_s: float = 60.0,
-        connections: int = 2, tls: Tls | bool | None = None, metadata: Mapping[str, str] | None = None,
+        connections: int = CONNECTIONS, tls: Tls | bool | None = None, metadata: Mapping[str, str] | None = None,
     ) -> None:
         inner = AsyncScoringClient(address, model=model, version=version, timeout_s=timeout_s, connections=connections,
                                    tls=tls, metadata=metadata)

@@ -88,15 +88,18 @@ class AsyncModels:
     async def register(
         self, name: str, path: str | Path, *, framework: str | None = None, framework_version: str | None = None,
         trusted: bool = False, tags: Mapping[str, str] | None = None, properties: Mapping[str, str] | None = None,
-        description: str | None = None, signature: Mapping[str, Any] | None = None, parent: Reference | None = None,
-        run: str | None = None, experiment: str | None = None, datasets: Sequence[Mapping[str, str]] | None = None,
-        on_progress: OnProgress | None = None,
+        description: str | None = None, signature: Mapping[str, Any] | None = None, sample: Any = None,
+        parent: Reference | None = None, run: str | None = None, experiment: str | None = None,
+        datasets: Sequence[Mapping[str, str]] | None = None, on_progress: OnProgress | None = None,
     ) -> AsyncModel:
         """Uploads a file or a folder and registers it as the next version of ``name``.
 
-        ``framework`` is taken from the file's ending when absent (``.onnx``, ``.skops``, ``.joblib``, ``.ubj``, a
-        folder with ``MLmodel``). ``trusted`` says that loading the file may run code it holds (joblib, pickle) and
-        that it is yours. ``parent`` is the model it was made from. Raises Invalid with every problem at once.
+        ``framework`` is taken from the file's ending when absent (``.onnx``, ``.skops``, ``.joblib``, ``.ubj``,
+        ``.pt``, ``.pt2``, a folder with ``MLmodel``). ``trusted`` says that loading the file may run code it holds
+        (joblib, pickle, an exported program, MLflow's python_function) and that it is yours. ``signature`` is
+        ``{"inputs": [{"name", "datatype", "shape"}], "outputs": […]}``, or MLflow's as a dict: needed only where the
+        file has none. ``sample`` is an input as ``/score`` takes it: ``{"data": rows}``, rows, or columns; plain JSON.
+        ``parent`` is the model it was made from. Raises Invalid with every problem at once.
 
         >>> model = yard.models.register("iris", "model.onnx", tags={"team": "flora"}, properties={"accuracy": "0.97"})
         >>> model.id
@@ -109,7 +112,8 @@ class AsyncModels:
             framework=framework or artifact.framework, framework_version=framework_version,
             trusted=trusted or None, tags=dict(tags) if tags else None,
             properties=dict(properties) if properties else None, description=description, signature=signature,
-            parent=None if parent is None else reference(parent), run=run, experiment=experiment, datasets=datasets,
+            sample=sample, parent=None if parent is None else reference(parent), run=run, experiment=experiment,
+            datasets=datasets,
         )
         return await self.create(body)
 

@@ -94,7 +94,7 @@ class Deployment(DeploymentFields, Face[AsyncDeployment]):
     def client(self, **options: Any) -> ScoringClient:
         from .inference_sync import ScoringClient
 
-        return ScoringClient(self.grpc_address, **{"model": self.id, **options})
+        return ScoringClient(self.grpc_address, **self._inner._terms(options))
 
     update = again(AsyncDeployment.update)
     scale = again(AsyncDeployment.scale)

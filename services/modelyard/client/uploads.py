@@ -29,7 +29,8 @@ OnProgress = Callable[[Progress], None]
 """Called often, from the SDK's own thread when the client is the blocking one; must return fast."""
 
 
-FRAMEWORK_OF = {".onnx": "onnx", ".skops": "scikit-learn", ".joblib": "scikit-learn", ".ubj": "xgboost"}
+FRAMEWORK_OF = {".onnx": "onnx", ".skops": "scikit-learn", ".joblib": "scikit-learn", ".ubj": "xgboost",
+                ".pt": "pytorch", ".pt2": "pytorch", ".pth": "pytorch"}
 """What a file's ending says about its framework when the caller does not say."""
 
 

@@ -61,6 +61,8 @@ class Document(BaseModel):
     a text map (tags, properties) by key or by key and value."""
     hidden: ClassVar[frozenset[str]] = frozenset()
     """Fields of this type that ``view`` leaves out, beside ``INTERNAL``."""
+    unpublished: ClassVar[frozenset[str]] = frozenset()
+    """Fields that GET answers and events leave out: what callers may have put their data into."""
 
     workspace: str = "default"
     id: str

@@ -121,7 +121,7 @@ def announce(doc: D, source: str, *facts: Fact, traceparent: str | None = None,
              now: datetime | None = None) -> tuple[D, tuple[Envelope, ...]]:
     """The document with its sequence moved on, and the events to commit with it, one for each fact."""
     moment = now or datetime.now(UTC)
-    view = doc.view()
+    view = {name: value for name, value in doc.view().items() if name not in doc.unpublished}
     events = []
     for count, fact in enumerate(facts, start=1):
         about = view.get("deployment", doc.id) if fact.topic.startswith(PER_DEPLOYMENT) else doc.id

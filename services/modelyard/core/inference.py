@@ -233,7 +233,7 @@ def _json_tensors(entries: list[Any], binary: bytes | memoryview) -> list[Tensor
             raise bad(name, "is given twice")
         if not isinstance(shape, list):
             raise bad(name, "shape must be a list of whole numbers")
-        given = dict(_object(entry))
+        given = dict(_object(entry)) if "parameters" in entry else {}
         size = given.pop("binary_data_size", None)
         if size is None:
             array = from_json(name, datatype, shape, entry.get("data"))
@@ -253,7 +253,7 @@ def to_json_parts(answer: Inference, binary: Sequence[str] | bool = False) -> tu
     outputs, parts = [], []
     for tensor in answer.tensors:
         entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.array.shape)}
-        given = dict(tensor.parameters)
+        given = dict(tensor.parameters) if tensor.parameters else {}
         if binary is True or (binary is not False and tensor.name in binary):
             parts.append(to_raw(tensor))
             given["binary_data_size"] = len(parts[-1])
@@ -267,14 +267,19 @@ def to_json_parts(answer: Inference, binary: Sequence[str] | bool = False) -> tu
         body["id"] = answer.id
     if answer.parameters:
         body["parameters"] = dict(answer.parameters)
-    return {**body, "outputs": outputs}, parts
+    body["outputs"] = outputs
+    return body, parts
 
 
 def _entries(body: Any, key: str) -> list[Any]:
     found = body.get(key, []) if isinstance(body, dict) else None
-    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-        raise Invalid(f"the body must be a JSON object with '{key}': a list of objects")
-    return found
+    if isinstance(found, list):
+        for item in found:
+            if not isinstance(item, dict):
+                break
+        else:
+            return found
+    raise Invalid(f"the body must be a JSON object with '{key}': a list of objects")
 
 
 def _text(body: Mapping[str, Any], key: str, default: str | None = None) -> str:

@@ -59,6 +59,7 @@ def data_schema(topic: str) -> dict[str, Any]:
     if spec is not None:
         schema = {**schema, **_open(spec.model_json_schema(mode="serialization"))}
         schema.pop("description", None)
+        schema["properties"].pop("sample", None)  # of a model: GET answers it, events carry nobody's data
     extra: dict[str, Any] = {}
     if topic.endswith(".failed"):
         extra = {"reason": TEXT}

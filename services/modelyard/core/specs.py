@@ -22,6 +22,7 @@ from pydantic import (
 
 from .documents import DIGEST, STORED, Part, Ref, Time
 from .errors import Invalid
+from .signatures import SAMPLE_BYTES, small
 
 MODEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9\-._]{0,254}$")
 IMAGE_NAME = re.compile(r"^[a-z0-9](?:[a-z0-9]|[.\-](?=[a-z0-9])){1,30}[a-z0-9]$")
@@ -34,6 +35,7 @@ SERVER_FIELDS = frozenset({
     "kind", "id", "workspace", "version", "generation", "created", "updated", "phase", "conditions",
     "observed_generation", "digest", "endpoints", "replicas_ready", "size", "reason", "lock_digest",
     "log_digest", "aliases", "models", "image_digest", "serving", "blockers",
+    "file_signature", "signatures", "samples",
 })
 FRAMEWORKS = ("scikit-learn", "onnx", "lightgbm", "xgboost", "pytorch", "tensorflow", "mlflow", "custom")
 
@@ -125,6 +127,9 @@ class ModelSpec(Spec):
     properties: TextMap
     description: Annotated[StrictStr, Field(max_length=8192)] = ""
     signature: dict[str, Any] | None = None
+    """What it takes and gives (``core/signatures.py``); absent, what its file says itself."""
+    sample: dict[str, Any] | list[Any] | None = None
+    """An input that it takes, as a body of ``/score``; absent, the input example of an MLflow folder."""
     parent: Reference | None = None
     run: StrictStr | None = None
     experiment: StrictStr | None = None
@@ -134,6 +139,8 @@ class ModelSpec(Spec):
     def _framework_first(self) -> ModelSpec:
         if self.framework_version is not None and self.framework is None:
             raise ValueError("framework_version needs framework")
+        if self.sample is not None and not small(self.sample):
+            raise ValueError(f"sample: a sample has at most {SAMPLE_BYTES} bytes of JSON; a row or two are enough")
         return self
 
 
@@ -155,6 +162,8 @@ class ImageSpec(Spec):
     properties: TextMap
     description: Annotated[StrictStr, Field(max_length=8192)] = ""
     auto_delete: bool = False
+    timeout_s: Annotated[int, Field(ge=1, le=86_400)] = 1800
+    """A build that takes longer, in seconds, fails."""
 
 
 class Traffic(Spec):

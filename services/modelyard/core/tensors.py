@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .errors import Invalid
+from .numbers import MANY, numbers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -185,6 +186,8 @@ def from_typed(name: str, datatype: str, shape: Sequence[int], contents: Any) ->
 def _narrow(name: str, wide: Array, datatype: str) -> Array:
     import numpy as np
 
+    if wide.dtype == DTYPES[datatype]:
+        return wide
     with np.errstate(over="ignore", invalid="ignore"):
         array = wide.astype(DTYPES[datatype], copy=False)
     if array.dtype != wide.dtype and array.dtype.kind in "iu" and not np.array_equal(array, wide):
@@ -224,7 +227,8 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: Any) -> Arra
     if datatype == "BYTES":
         return objects(name, [_as_bytes(name, item) for item in _flat(data)], shape)
     try:
-        array = np.array(data)
+        found = numbers(data)
+        array = np.array(data) if found is None else found
         if datatype == "UINT64" and array.dtype.kind == "f" and all(type(item) is int for item in _flat(data)):
             array = np.array(data, np.uint64)  # numpy makes floats of small and very large numbers together
     except (ValueError, TypeError, OverflowError) as exc:
@@ -238,11 +242,14 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: Any) -> Arra
     return _narrow(name, array, datatype).reshape(tuple(shape))
 
 
-def to_json(tensor: Tensor) -> list[Any]:
-    """The elements as a flat list for JSON: BYTES as text; what is not UTF-8 cannot be JSON: Invalid."""
+def to_json(tensor: Tensor) -> Any:
+    """The elements for ``orjson`` with ``OPT_SERIALIZE_NUMPY``, flat: BYTES as text; what is not UTF-8 cannot be JSON:
+    Invalid. float32 is written with float64's digits, which say exactly what it is."""
     if tensor.datatype != "BYTES":
-        flat: list[Any] = tensor.array.ravel().tolist()
-        return flat
+        flat = tensor.array.ravel()
+        if flat.size < MANY or flat.dtype.kind == "b":
+            return flat.tolist()
+        return flat.astype("f8", copy=False) if flat.dtype.kind == "f" else flat
     try:
         return [item.decode() for item in tensor.array.ravel().tolist()]
     except UnicodeDecodeError as exc:

@@ -10,6 +10,8 @@ reason (file and line where known), and its log tells the rest.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, Field
 
 from ..core.attest import ENVELOPE
@@ -44,6 +46,10 @@ class ImageView(ImageSpec):
     digest: str | None = None
     size: int | None = None
     lock_digest: str | None = None
+    signatures: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Model id → ``{"inputs": [{"name", "datatype", "shape"}], "outputs": […]}``."""
+    samples: dict[str, Any] = Field(default_factory=dict)
+    """Model id → an input that it takes, as a body of ``/score``."""
 
 
 class Key(BaseModel):

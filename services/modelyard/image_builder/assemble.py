@@ -18,9 +18,10 @@ from typing import TypeVar
 from ..core.errors import BuildFailed, Invalid, NotFound, Unavailable
 from ..core.layout import image_key
 from ..core.requirements import constraint, requirement
+from ..core.signatures import Signature
 from ..kernel.cache import Cache
 from ..kernel.service import Context
-from . import parts, sources, store, uv
+from . import parts, serving, sources, store, uv
 from .bases import Base
 from .config import MANIFEST, about, digest_of, encode, labels, manifest, oci_config
 from .environment import Environments, told
@@ -33,6 +34,7 @@ from .provenance import Origin, statement
 from .pull import Pull
 from .referrers import NAMES
 from .sbom import Contents, sbom
+from .sdists import Sdists, by_name
 from .tarring import Layer
 
 RESOLVED_S = 24 * 3600
@@ -48,6 +50,7 @@ class Result:
     size: int
     lock_digest: str
     python: str
+    signatures: dict[str, Signature]
 
 
 class Scratch:
@@ -87,6 +90,7 @@ class Build:
         self.uploads = asyncio.Semaphore(store.UPLOADS)
         self.score: sources.Source = b""
         self.models: list[sources.Source | Layer] = []
+        self.signatures: dict[str, Signature] = {}
 
     async def run(self) -> Result:
         """The whole of it."""
@@ -96,8 +100,7 @@ class Build:
         self.server = await asyncio.to_thread(server_requirements)
         if doc.base is not None:
             await self.stand_on(doc.base)
-        lock = await self.locked(await self.fetch())
-        await self.environment(lock)
+        lock = await self.environment(await self.locked(await self.fetch()))
         pieces = await self.work(self.pieces)
         self.layers += await store.together([self.added(made) for made in pieces])
         for place, layer in zip(self.places, self.model_layers(), strict=True):
@@ -128,19 +131,24 @@ class Build:
             problems += await asyncio.to_thread(parts.score_check, self.score)
         for number, place in enumerate(self.places):
             model, layer = place.model, await self.remembered(place)
-            if layer is not None:
-                self.models.append(layer)
-                continue
-            source = await self.bring(model.artifact, f"model '{model.id}'", f"model-{number}")
+            source = layer or await self.bring(model.artifact, f"model '{model.id}'", f"model-{number}")
             self.models.append(source)
-            if place.kind == "mlflow":
-                needs, why = await asyncio.to_thread(parts.mlflow_needs, model, source)
-                self.needs |= needs
-                problems += why
+            served = serving.Served(place.kind)
+            if place.kind in serving.LOOKED and not isinstance(source, Layer):
+                served = await asyncio.to_thread(serving.look, place.kind, model, source)
+                self.needs |= served.needs
+            problems += [*served.problems, *self.signed(place, served.kind)]
         if problems:
             raise BuildFailed("; ".join(problems))
         self.log.note("the inputs are here and pass their checks")
         return lock
+
+    def signed(self, place: parts.Place, kind: str) -> list[str]:
+        """Keeps what the image says of the model, unless a scoring file serves it; the problems."""
+        told, problems = serving.signature(place.model, kind) if place.kind else (None, [])
+        if told is not None:
+            self.signatures[place.model.id] = told
+        return problems
 
     async def bring(self, digest: str, what: str, name: str) -> sources.Source:
         async def path() -> Path:
@@ -169,6 +177,8 @@ class Build:
         await self.ctx.blobs.put(where, store.Chunks(lock.text.encode()))
         names = ", ".join(p.text for p in lock.pins)
         self.log.note(f"locked {len(lock.pins)} packages: {names}" if lock.pins else EMPTY)
+        if any(p.kind == "pytorch" for p in self.places) and any(p.name.startswith("nvidia-") for p in lock.pins):
+            self.log.note(serving.CUDA)
         return lock
 
     async def stored_lock(self, where: str) -> Lock | None:
@@ -189,7 +199,10 @@ class Build:
                 return read_lock(found["lock"])[0]
         await self.log.line(f"requirements: {', '.join(wanted)}"
                             + (f"; within {', '.join(bounds)}" if bounds else ""))
-        lock = await uv.resolve(wanted, bounds, doc.python_version, doc.platform, await self.scratch.folder(), self.log)
+        folder, sdists = await self.scratch.folder(), self.sdists
+        lock = sdists.locked(await sdists.with_them(
+            lambda links: uv.resolve(wanted, bounds, doc.python_version, doc.platform, folder, self.log, links),
+            by_name([*wanted, *bounds])))
         await self.memo.put(name, {"at": time.time(), "lock": lock.text}, shared=True)
         return lock
 
@@ -199,16 +212,26 @@ class Build:
         for place in self.places:
             needs |= parts.NEEDS.get(place.kind, set())
             if place.kind in parts.PINS and place.model.framework_version:
-                needs.add(parts.PINS[place.kind].format(place.model.framework_version))
+                needs.add(parts.PINS[place.kind].format(place.model.framework_version.partition("+")[0]))
         return needs
 
-    async def environment(self, lock: Lock) -> None:
-        """The layers of the locked packages, from an earlier build or made now."""
+    async def environment(self, lock: Lock) -> Lock:
+        """The layers of the locked packages, from an earlier build or made now; the lock as it is to be kept."""
         if not lock.pins:
-            return
-        known = Environments(self.ctx, self.doc, self.log, self.memo, self.cache)
-        layers, self.packages = await known.of(lock, self.scratch.folder)
+            return lock
+        known = Environments(self.ctx, self.doc, self.log, self.memo, self.cache, self.sdists)
+        layers, self.packages, whole = await known.of(lock, self.scratch.folder)
         self.layers += layers
+        if whole != lock:
+            await self.ctx.blobs.put(
+                image_key(self.doc.workspace, self.doc.id, "lock"), store.Chunks(whole.text.encode()))
+        return whole
+
+    @functools.cached_property
+    def sdists(self) -> Sdists:
+        """What of it exists only as source; asked for once the Python is known."""
+        return Sdists(self.doc.python_version, self.doc.platform, self.log, self.cache, self.scratch.folder,
+                      (self.ctx.data,))
 
     # -- the other layers -----------------------------------------------------------------------------------------
 
@@ -220,7 +243,7 @@ class Build:
         for place, source in zip(self.places, self.models, strict=True):
             out.append(source if isinstance(source, Layer) else parts.model_layer(place, source))
         said = about(self.doc.python_version, bool(self.doc.score),
-                     [(p.model, p.path, p.framework or "") for p in self.places])
+                     [(p.model, p.path, p.framework or "") for p in self.places], self.signatures)
         return [*out, parts.about_layer(said)]
 
     def _model_key(self, place: parts.Place) -> str:
@@ -268,7 +291,7 @@ class Build:
         holds = Contents(self.packages, parts.code_layer().layer, lock_digest, self.base)
         await store.together([put(), self.say(digest, holds)])
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
-        return Result(digest, size, lock_digest, doc.python_version)
+        return Result(digest, size, lock_digest, doc.python_version, self.signatures)
 
     async def say(self, digest: str, holds: Contents) -> None:
         """What the image is made of and who made it, kept; it is attached to the image once that is ready."""

@@ -29,6 +29,8 @@ MEDIA = {
     TAR: TAR, TAR_GZ: TAR_GZ, "application/vnd.docker.image.rootfs.diff.tar": TAR,
     "application/vnd.docker.image.rootfs.diff.tar.gzip": TAR_GZ}
 """A base's layer as it is called there → as OCI calls it. The bytes are the same."""
+NO_PLATFORM = frozenset({"unknown/unknown", "None/None"})
+"""What an entry of a list says that is no image: attestations and the like."""
 OLDEST = 11
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PYTHON = re.compile(r"(?:^|/)bin/python3(?:\.(\d{1,2}))?$")
@@ -90,14 +92,15 @@ def reference(text: str) -> Reference:
 
 def chosen(listed: Iterable[Mapping[str, Any]], platform: str) -> str:
     """The digest of the image for ``platform`` in a list of them. BuildFailed, telling which there are."""
-    there = []
+    there = set()
     for entry in listed:
         about = entry.get("platform") or {}
         name = f"{about.get('os')}/{about.get('architecture')}"
         if name == platform:
             return str(entry["digest"])
-        there.append(name)
-    raise BuildFailed(f"the base has no image for {platform}; it has: {', '.join(sorted(set(there))) or 'none'}")
+        there.add(name)
+    told = ", ".join(sorted(there - NO_PLATFORM)) or "none"
+    raise BuildFailed(f"the base has no image for {platform}; it has: {told}")
 
 
 def together(layers: Iterable[Files]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import shutil
 import tempfile
@@ -22,6 +23,8 @@ from .model import Image, building, built, failed, removed
 
 LOOK_S = 0.5
 FAULTS = 4
+ABANDONED_S = 2 * 24 * 3600.0
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 log_fault = logging.getLogger(__name__)
 
 
@@ -40,6 +43,8 @@ async def step(ctx: Context, doc: Image) -> Change[Image]:
 async def build(ctx: Context, doc: Image) -> Change[Image]:
     """Builds; a failure of the owner's making is an outcome, any other is raised and tried again."""
     log, began = BuildLog(log_file(ctx, doc)), time.monotonic()
+    if doc.phase == "building":  # whoever began it may have died
+        await asyncio.to_thread(_swept, ctx, doc)
     async with log.shown(ctx, doc):
         outcome = await _outcome(ctx, doc, log)
     if isinstance(outcome, Result):
@@ -53,15 +58,25 @@ async def _outcome(ctx: Context, doc: Image, log: BuildLog) -> Result | str:
     try:
         await sources.hold_once(ctx, doc)
         doc = await ctx.change(Image, doc.id, lambda d: building(d, ctx.now()), workspace=doc.workspace)
-        return await Build(ctx, doc, log, scratch).run()
+        async with asyncio.timeout(doc.timeout_s) as limit:
+            return await Build(ctx, doc, log, scratch).run()
+    except TimeoutError:
+        if limit.expired():
+            return (f"the build took longer than {doc.timeout_s} s; the log says how far it came. Where it needs more, "
+                    "ask for the image with a higher timeout_s")
+        raise
     except BuildFailed as exc:
         return exc.message
     except (Unavailable, Denied) as exc:  # Denied: of a store of ours, to which somebody will let us in
-        await log.line(f"interrupted: {exc.message}; trying again soon")
-        with suppress(ModelyardError):
-            await log.show(ctx, doc)
+        await scratch.clear()  # the log may need its room
+        await _interrupted(ctx, doc, log, exc.message)
         raise
     except Exception as exc:  # a fault of ours: the loop logs and repeats it, but not for ever
+        if isinstance(exc, OSError) and exc.errno in FULL:
+            full = Unavailable(f"the disk of {ctx.data} is full; free some space")
+            await scratch.clear()
+            await _interrupted(ctx, doc, log, full.message)
+            raise full from exc
         if doc.attempts < FAULTS:
             raise
         log_fault.exception("image %s is given up after %d attempts", doc.id, doc.attempts + 1)
@@ -69,6 +84,12 @@ async def _outcome(ctx: Context, doc: Image, log: BuildLog) -> Result | str:
         return f"the builder failed {doc.attempts + 1} times{told}; the server's log says where"
     finally:
         await scratch.clear()
+
+
+async def _interrupted(ctx: Context, doc: Image, log: BuildLog, why: str) -> None:
+    await log.line(f"interrupted: {why}; trying again soon")
+    with suppress(ModelyardError):
+        await log.show(ctx, doc)
 
 
 async def _over(ctx: Context, doc: Image, log: BuildLog, outcome: Result | str) -> Change[Image]:
@@ -79,7 +100,8 @@ async def _over(ctx: Context, doc: Image, log: BuildLog, outcome: Result | str) 
     if isinstance(outcome, str):
         return lambda newest: failed(newest, now, outcome)
     return lambda newest: built(newest, now, digest=outcome.digest, size=outcome.size,
-                                lock_digest=outcome.lock_digest, python=outcome.python)
+                                lock_digest=outcome.lock_digest, python=outcome.python,
+                                signatures=outcome.signatures)
 
 
 async def _unless_deleted(ctx: Context, doc: Image, work: Coroutine[Any, Any, Change[Image]]) -> Change[Image]:
@@ -134,8 +156,9 @@ def _swept(ctx: Context, doc: Image) -> Path:
     """Where temporary folders of this image begin; those of builds that died are gone."""
     root, prefix = ctx.data / "image-builder" / "tmp", f"{doc.workspace}.{doc.name}.{doc.version}."
     for old in root.iterdir() if root.is_dir() else ():
-        if old.name.startswith(prefix):
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):  # what another machine went on with is nobody's here
+            if old.name.startswith(prefix) or time.time() - old.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(old, ignore_errors=True)
     return root / prefix
 
 

@@ -15,6 +15,8 @@ from .model import ModelInput
 SCORE_LIMIT = 4_000_000
 PICKLE = ("is not named as a skops file (model.skops), and loading a pickle may run code: save it with skops, or "
           "register it with trusted: true if it is yours")
+PICKLE_TORCH = ("is an exported program, and loading one may run code: save it as TorchScript, or register it with "
+                "trusted: true if it is yours")
 TREES = ("lightgbm", "xgboost")
 PICKLED_TREES = ("is a pickle, and loading one may run code: save it with Booster.save_model, or register it with "
                  "trusted: true if it is yours")
@@ -24,7 +26,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def flavour(model: ModelInput) -> tuple[str, str]:
     """What serves a model without a scoring file (``onnx``, ``skops``, ``pickle``, ``lightgbm``, ``xgboost``, the
-    last two also as ``…-pickle``; ``mlflow``: a folder that is looked into when it is built) and "", or "" and why
+    last two also as ``…-pickle``; ``mlflow`` and ``pytorch``: looked into when they are built) and "", or "" and why
     nothing does."""
     name = (model.filename or "").lower()
     if model.framework == "mlflow" and model.unpack:
@@ -37,9 +39,11 @@ def flavour(model: ModelInput) -> tuple[str, str]:
         if not name.endswith(PICKLES):
             return model.framework, ""
         return (f"{model.framework}-pickle", "") if model.trusted else ("", PICKLED_TREES)
+    if model.framework == "pytorch":
+        return ("pytorch", "") if model.trusted or not name.endswith(".pt2") else ("", PICKLE_TORCH)
     if model.framework != "scikit-learn":
         return "", (f"is of framework '{model.framework or 'none'}': without a score.py only onnx, scikit-learn, "
-                    f"{' and '.join(TREES)} are served")
+                    f"pytorch, {' and '.join(TREES)} are served")
     if name.endswith(".skops"):
         return "skops", ""
     return ("pickle", "") if model.trusted else ("", PICKLE)

@@ -49,13 +49,17 @@ def digest_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def about(python: str, score: bool, models: Sequence[tuple[ModelInput, str, str]]) -> bytes:
-    """``image.json``: models as (input, path below ``/opt/modelyard``, framework)."""
+def about(python: str, score: bool, models: Sequence[tuple[ModelInput, str, str]],
+          signatures: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """``image.json``: models as (input, path below ``/opt/modelyard``, framework); signatures by model id. Samples are
+    in it where the models' own flavours serve them."""
     return encode({
         "format": 1, "python": python, "score": "score/score.py" if score else None,
         "models": [{
             "name": m.name, "version": m.version, "framework": framework, "framework_version": m.framework_version,
             "path": path, "trusted": m.trusted, "properties": m.properties,
+            **({"signature": signatures[m.id]} if m.id in signatures else {}),
+            **({"sample": m.sample} if m.sample and not score else {}),
         } for m, path, framework in models],
     })
 

@@ -24,14 +24,15 @@ from ..core.errors import BuildFailed, Invalid
 from ..kernel.cache import Cache
 from ..kernel.service import Context
 from . import parts, store, uv
-from .locks import Lock
+from .locks import Lock, read_lock
 from .log import BuildLog
 from .memo import Memo, key
 from .model import Image
+from .sdists import Sdists
 from .tarring import GZIP_LEVEL, Entry, Layer, tar
-from .wheels import LARGE, Distribution, distributions, grouped
+from .wheels import LARGE, Distribution, clashing, distributions, grouped, taken_from
 
-FORMAT = 2
+FORMAT = 4
 BLOBS = "blobs-v1"
 _BUSY: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -50,9 +51,12 @@ class Environments:
     log: BuildLog
     memo: Memo
     cache: Cache
+    sdists: Sdists
 
-    async def of(self, lock: Lock, folder: Callable[[], Awaitable[Path]]) -> tuple[list[Layer], list[dict[str, str]]]:
-        """Layers in the store, and the packages in them. ``folder`` makes one for temporary files."""
+    async def of(self, lock: Lock, folder: Callable[[], Awaitable[Path]],
+                 ) -> tuple[list[Layer], list[dict[str, str]], Lock]:
+        """Layers in the store, the packages in them, and the lock with the hashes of what was built from source.
+        ``folder`` makes one for temporary files."""
         name = key("env", FORMAT, lock.digest, self.doc.python_version, self.doc.platform, LARGE, GZIP_LEVEL,
                    zlib.ZLIB_RUNTIME_VERSION)
         async with _BUSY.setdefault(name, asyncio.Lock()):
@@ -62,7 +66,8 @@ class Environments:
             else:
                 found = await self.cached(name) or await self.install(lock, await folder())
                 await self.memo.put(name, found, shared=True)
-        return store.unpack(found["layers"]), found["packages"]
+        whole = read_lock(found["lock"])[0] if "lock" in found else lock
+        return store.unpack(found["layers"]), found["packages"], whole
 
     async def cached(self, name: str) -> dict[str, Any] | None:
         """What another data folder's build made, now in this one's store. None when it is not whole."""
@@ -92,26 +97,36 @@ class Environments:
             return False
         return True
 
-    async def wheels(self, lock: Lock, folder: Path) -> dict[str, str]:
+    async def wheels(self, lock: Lock, folder: Path, links: Path | None) -> dict[str, str]:
         """File name → sha256 of what may be installed, where the lock leaves a choice; nothing when it is not told:
         the bill of materials then goes without those hashes, and says so in the log."""
         if all(len(pin.hashes) == 1 for pin in lock.pins):
             return {}
         try:
-            return await uv.wheels(lock, self.doc.python_version, self.doc.platform, folder, self.log)
+            return await uv.wheels(lock, self.doc.python_version, self.doc.platform, folder, self.log, links)
         except (BuildFailed, ValueError, OSError) as exc:
+            if isinstance(exc, BuildFailed) and exc.detail.get("lacking"):
+                raise
             await self.log.line(f"warning: the bill of materials will not tell the hashes of all wheels: {exc}")
             return {}
 
     async def install(self, lock: Lock, folder: Path) -> dict[str, Any]:
         """uv unpacks the wheels, and they become layers."""
-        root, wheels = await store.together([
-            uv.install(lock, self.doc.python_version, self.doc.platform, folder, self.log), self.wheels(lock, folder)])
+        async def both(links: Path | None) -> list[Any]:
+            whole = self.sdists.locked(lock, given=True)
+            return [*await store.together([
+                uv.install(whole, self.doc.python_version, self.doc.platform, folder, self.log, links),
+                self.wheels(whole, folder, links)]), links]
+
+        root, wheels, links = await self.sdists.with_them(both, {p.name: p.text for p in lock.pins},
+                                                   {p.name: p.hashes for p in lock.pins})
+        whole = self.sdists.locked(lock, given=True)
         assert isinstance(root, Path) and isinstance(wheels, dict)
         try:
             found = await asyncio.to_thread(distributions, root, self.doc.python_version)
         except (KeyError, ValueError, csv.Error, FileNotFoundError) as exc:
             raise BuildFailed(f"a package is not installed as wheels are: {exc}") from exc
+        found = await self.apart(found, whole, folder, links)
         squeezed, sent, groups = asyncio.Semaphore(2), asyncio.Semaphore(store.UPLOADS), grouped(found)
 
         async def one(number: int, title: str, entries: list[Entry]) -> Layer:
@@ -126,8 +141,21 @@ class Environments:
 
         layers = await store.together([one(n, title, entries) for n, (title, entries) in enumerate(groups)])
         await asyncio.to_thread(self.cache.prune)
-        packages = [d.told(wheel_of(d, lock, wheels)) for d in found]
-        return {"layers": store.pack(layers), "packages": packages}
+        packages = [d.told(wheel_of(d, whole, wheels)) for d in found]
+        return {"layers": store.pack(layers), "packages": packages, **({"lock": whole.text} if whole != lock else {})}
+
+    async def apart(
+        self, found: list[Distribution], lock: Lock, folder: Path, links: Path | None,
+    ) -> list[Distribution]:
+        """Distributions with files of the same name are installed once more, each alone: an image has the same files
+        every time, and of two the one whose layer, or name, comes last."""
+        again: dict[str, Path] = {}
+        for one in clashing(found):
+            alone = folder / f"alone-{len(again)}"
+            await asyncio.to_thread(alone.mkdir)
+            own = Lock(tuple(pin for pin in lock.pins if pin.name == canonicalize_name(one.name)))
+            again[one.name] = await uv.install(own, self.doc.python_version, self.doc.platform, alone, self.log, links)
+        return await asyncio.to_thread(taken_from, found, again, self.doc.python_version) if again else found
 
     def keep(self, layer: Layer, out: Path) -> None:
         """A layer's file goes to the cache. Blocking."""

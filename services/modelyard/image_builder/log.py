@@ -4,7 +4,9 @@ build goes on, whole afterwards. Lines begin with the time."""
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -18,6 +20,7 @@ from .model import OVER, Image
 CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]|\x1b\[[0-9;]*[A-Za-z]")
 CHUNK = 64 * 1024
+APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 POLL_S = 0.15
 SHOW_S = 0.5
 HERE: set[Path] = set()
@@ -37,6 +40,7 @@ class BuildLog:
         self._now = echo
         self._waiting: list[str] = []
         self._shown = 0
+        self._turn = threading.Lock()
 
     async def line(self, text: str) -> None:
         """One line, or several; credentials in URLs are masked."""
@@ -50,18 +54,29 @@ class BuildLog:
         self._waiting += [stamp + part + "\n" for part in clean.splitlines() or [""]]
 
     async def flush(self) -> None:
+        """Writes what is noted; where the disk is full, with the next line: no build fails by its log."""
         lines, self._waiting = self._waiting, []
-        if lines:
-            await asyncio.to_thread(self._append, "".join(lines))
+        if lines and not await asyncio.to_thread(self._append, "".join(lines)):
+            self._waiting = lines + self._waiting
 
-    def _append(self, text: str) -> None:
-        try:
-            file = self._path.open("a", encoding="utf-8")
-        except FileNotFoundError:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = self._path.open("a", encoding="utf-8")
-        with file:
-            file.write(text)
+    def _append(self, text: str) -> bool:
+        """False when there is no room: then nothing of it is written, no half line either."""
+        data = text.encode()
+        with self._turn:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                fd = os.open(self._path, APPEND, 0o644)
+            except OSError:
+                return False
+            try:
+                before, written = os.fstat(fd).st_size, os.write(fd, data)
+                if written < len(data):
+                    os.ftruncate(fd, before)
+                return written == len(data)
+            except OSError:
+                return False
+            finally:
+                os.close(fd)
 
     @asynccontextmanager
     async def shown(self, ctx: Context, doc: Image) -> AsyncIterator[None]:

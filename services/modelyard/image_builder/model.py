@@ -36,6 +36,9 @@ class ModelInput(Part):
     framework_version: str | None = None
     trusted: bool = False
     properties: dict[str, str] = Field(default_factory=dict)
+    signature: dict[str, Any] | None = None
+    file_signature: dict[str, Any] | None = None
+    sample: dict[str, Any] | list[Any] | None = None
 
     @property
     def id(self) -> str:
@@ -54,6 +57,7 @@ class Image(Document):
     kind: ClassVar[str] = "image"
     indexed: ClassVar[frozenset[str]] = frozenset(
         {"name", "version", "phase", "models", "model_names", "tags", "properties"})
+    unpublished: ClassVar[frozenset[str]] = frozenset({"samples"})
     hidden: ClassVar[frozenset[str]] = frozenset({"model_names", "inputs", "holds", "deleting"})
 
     name: str
@@ -72,12 +76,17 @@ class Image(Document):
     properties: dict[str, str] = Field(default_factory=dict)
     description: str = ""
     auto_delete: bool = False
+    timeout_s: int = 1800
 
     phase: Phase = "queued"
     reason: str | None = None
     digest: str | None = None
     size: int | None = None
     lock_digest: str | None = None
+    signatures: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Model id → what it takes and gives (``core/signatures.py``), where the models' own flavours serve."""
+    samples: dict[str, Any] = Field(default_factory=dict)
+    """Model id → an input that it takes, as a body of ``/score``."""
     observed_generation: int = 0
     conditions: list[Condition] = Field(default_factory=list)
 
@@ -128,12 +137,14 @@ def building(doc: Image, now: datetime) -> Step | None:
         doc, _condition("Built", "Unknown", "Building", "the log tells how far it is", now))), ()
 
 
-def built(doc: Image, now: datetime, *, digest: str, size: int, lock_digest: str, python: str) -> Step:
+def built(doc: Image, now: datetime, *, digest: str, size: int, lock_digest: str, python: str,
+          signatures: Mapping[str, dict[str, Any]]) -> Step:
     """The image is in the store. Due once more: what is said of it is attached to it then."""
     if doc.deleting:
         return _again(doc, now)
     done = doc.evolve(
         phase="ready", digest=digest, size=size, lock_digest=lock_digest, python=python, reason=None, updated=now,
+        signatures=dict(signatures), samples={} if doc.score else {m.id: m.sample for m in doc.inputs if m.sample},
         observed_generation=doc.generation, due=now,
         conditions=_with(doc, _condition("Built", "True", "Built", f"{digest}, {size} bytes", now)))
     return done, (Fact("image.built"),)

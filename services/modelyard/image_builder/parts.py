@@ -12,7 +12,6 @@ from packaging.requirements import Requirement
 
 from ..core import archives
 from ..core.errors import BuildFailed, Invalid
-from ..core.requirements import requirement
 from .checks import SCORE_LIMIT, flavour, score_problems
 from .model import ModelInput
 from .sources import Source, is_archive
@@ -25,15 +24,16 @@ CODE = ("*.py", "core/*.py", "ports/*.py", "wire/*.py", "scoring/**/*.py", "scor
         "adapters/grants_lent.py")
 CODE_TOP = frozenset({"__init__.py", "capture.py"})
 NAMES = {"onnx": "model.onnx", "skops": "model.skops", "pickle": "model.joblib", "lightgbm": "model.txt",
-         "xgboost": "model.ubj", "lightgbm-pickle": "model.joblib", "xgboost-pickle": "model.joblib", "": "model"}
+         "xgboost": "model.ubj", "lightgbm-pickle": "model.joblib", "xgboost-pickle": "model.joblib",
+         "pytorch": "model.pt", "": "model"}
 NEEDS = {"onnx": {"onnxruntime"}, "skops": {"scikit-learn", "skops"}, "pickle": {"scikit-learn"},
          "lightgbm": {"lightgbm"}, "lightgbm-pickle": {"lightgbm", "scikit-learn"},
-         "xgboost": {"xgboost-cpu"}, "xgboost-pickle": {"xgboost-cpu", "scikit-learn"}}
+         "xgboost": {"xgboost-cpu"}, "xgboost-pickle": {"xgboost-cpu", "scikit-learn"},
+         "pytorch": {"torch"}}
 PINS = {"skops": "scikit-learn=={}", "pickle": "scikit-learn=={}", "lightgbm": "lightgbm>={}",
-        "lightgbm-pickle": "lightgbm=={}", "xgboost": "xgboost-cpu>={}", "xgboost-pickle": "xgboost-cpu=={}"}
+        "lightgbm-pickle": "lightgbm=={}", "xgboost": "xgboost-cpu>={}", "xgboost-pickle": "xgboost-cpu=={}",
+        "pytorch": "torch>={}"}
 """What the framework's version asks for: a library's own format is read by later ones, a pickle by its own alone."""
-MLFLOW = {"model.onnx": "onnx", "model.lgb": "lightgbm", "model.ubj": "xgboost", "model.xgb": "xgboost",
-          "model.skops": "skops", "model.pkl": "pickle"}
 FRAMEWORKS = {"onnx": "onnx", "skops": "scikit-learn", "pickle": "scikit-learn", "lightgbm": "lightgbm",
               "lightgbm-pickle": "lightgbm", "xgboost": "xgboost", "xgboost-pickle": "xgboost"}
 
@@ -149,28 +149,6 @@ class Place:
     @property
     def framework(self) -> str | None:
         return FRAMEWORKS.get(self.kind, self.model.framework)
-
-
-def mlflow_needs(model: ModelInput, source: Source) -> tuple[set[str], list[str]]:
-    """The requirements of an MLflow folder that our server can serve, and its problems. Its own list is taken,
-    without MLflow itself. Blocking."""
-    names, listed = set(), b""
-    try:
-        with opened(source) as file:
-            for entry, content in archives.entries(file):
-                names.add(entry.name)
-                if entry.name == "requirements.txt" and entry.size < CHUNK:
-                    listed = b"".join(content)
-    except Invalid as exc:
-        return set(), [f"model '{model.id}': {exc.message}"]
-    served = next((kind for name, kind in MLFLOW.items() if name in names), None)
-    if served is None:
-        return set(), [f"model '{model.id}': its MLflow folder has none of {', '.join(MLFLOW)}; give a score.py"]
-    if served == "pickle" and not model.trusted:
-        return set(), [f"model '{model.id}': its model.pkl is a pickle, and loading one may run code; register it with "
-                       "trusted: true if it is yours"]
-    lines = {requirement(line.strip())[0] for line in listed.decode(errors="replace").splitlines()} - {""}
-    return NEEDS[served] | {line for line in lines if not line.startswith("mlflow")}, []
 
 
 def model_layer(place: Place, source: Source) -> Made:

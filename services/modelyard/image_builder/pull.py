@@ -74,9 +74,11 @@ class Pull:
             body = found[0]
             parsed = _json(body, f"the manifest of {name}")
             if "manifests" not in parsed:
-                if not isinstance(parsed.get("layers"), list) or not isinstance(parsed.get("config"), dict):
+                if not _all_objects(parsed.get("layers")) or not isinstance(parsed.get("config"), dict):
                     raise BuildFailed(f"the base {name} is not an OCI image ({found[1]})")
                 return digest_of(body), parsed
+            if not _all_objects(parsed["manifests"]):
+                raise BuildFailed(f"the base {name} is a list of what are no images")
             version = bases.chosen(parsed["manifests"], self.doc.platform)
         raise BuildFailed(f"the base {name} is a list of lists of images")
 
@@ -89,7 +91,7 @@ class Pull:
                      name: str) -> dict[str, Any]:
         config = await self._config(source, place, manifest, name)
         limit = asyncio.Semaphore(store.UPLOADS)
-        diff_ids = config.get("rootfs", {}).get("diff_ids") or []
+        diff_ids = config["rootfs"].get("diff_ids") or []
         if len(diff_ids) != len(manifest["layers"]):
             raise BuildFailed(f"the base {name} has {len(manifest['layers'])} layers and says {len(diff_ids)}")
 
@@ -117,6 +119,9 @@ class Pull:
         if platform != self.doc.platform:
             raise BuildFailed(f"the base {name} is for {platform}, the image for {self.doc.platform}; give a base for "
                               "it, or the image's platform")
+        if not isinstance(config.get("rootfs"), dict) or not isinstance(config.get("config") or {}, dict) \
+                or not _all_objects(config.get("history") or []):
+            raise BuildFailed(f"the config of {name} is not one of an OCI image")
         return config
 
     async def _layer(self, source: ImageStore, place: Reference, number: int, descriptor: dict[str, Any],
@@ -127,9 +132,12 @@ class Pull:
                               "taken that are tar or gzipped tar, which every container engine reads")
         path = await self.folder() / f"base-{number}"
         try:
+            left = size if isinstance(size := descriptor.get("size"), int) else 0
             with await asyncio.to_thread(path.open, "xb", buffering=0) as out:
                 async for chunk in source.get_blob(place.repo, digest):
-                    await asyncio.to_thread(out.write, chunk)
+                    if (left := left - len(chunk)) < 0:
+                        raise BuildFailed(f"the base's layer {digest[:19]} is larger than its manifest says")
+                    await asyncio.to_thread(_write, out, chunk)
             files, found = await asyncio.to_thread(look_into, path, kind)
             if found != diff_id:
                 raise BuildFailed(f"the base's layer {digest[:19]} unpacks to {found[:19]}, its config says "
@@ -139,6 +147,13 @@ class Pull:
         finally:
             await asyncio.to_thread(path.unlink, True)
         return Layer(f"{bases.TITLE}{digest[7:19]}", digest, diff_id, size, kind), files
+
+
+def _write(out: BinaryIO, chunk: bytes) -> None:
+    """All of it: a file without a buffer may take less when the disk is full."""
+    rest = memoryview(chunk)
+    while rest:
+        rest = rest[out.write(rest):]
 
 
 @contextmanager
@@ -193,6 +208,10 @@ class _Watched:
         if self._size > LARGEST_LAYER:
             raise BuildFailed(f"a layer of the base unpacks to more than {LARGEST_LAYER} bytes")
         return data
+
+
+def _all_objects(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(one, dict) for one in found)
 
 
 def _json(body: bytes, what: str) -> dict[str, Any]:

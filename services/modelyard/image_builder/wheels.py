@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
@@ -35,6 +35,8 @@ class Distribution:
     """Of its wheel: ``cp311-cp311-manylinux_2_28_x86_64``."""
     size: int
     entries: tuple[Entry, ...]
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """Of its files, by their names in an image, as its RECORD has them."""
 
     def told(self, sha256: str) -> dict[str, str]:
         """For the bill of materials. ``sha256`` of its wheel, "" where it is not known."""
@@ -51,6 +53,23 @@ def distributions(root: Path, python: str) -> list[Distribution]:
     """Everything that is installed in ``root`` (a ``--target`` folder), by name. Blocking."""
     found = [_distribution(root, info, python) for info in root.glob("*.dist-info")]
     return sorted(found, key=lambda d: d.name)
+
+
+def clashing(found: Sequence[Distribution]) -> list[Distribution]:
+    """Those that have a file of the same name as another one's, and with other contents. Of these the installer, which
+    unpacks several at once, leaves whichever came last: it is another one every time."""
+    contents: dict[str, set[str]] = {}
+    for one in found:
+        for name, digest in one.hashes.items():
+            contents.setdefault(name, set()).add(digest)
+    return [one for one in found if any(len(contents[name]) > 1 for name in one.hashes)]
+
+
+def taken_from(found: Sequence[Distribution], again: Mapping[str, Path], python: str) -> list[Distribution]:
+    """With the files of each distribution in ``again`` from there, where it was installed alone. Blocking."""
+    alone = {name: {e.name: e for e in distributions(root, python)[0].entries} for name, root in again.items()}
+    return [replace(one, entries=tuple(alone[one.name].get(e.name, e) for e in one.entries)) if one.name in alone
+            else one for one in found]
 
 
 def grouped(found: Iterable[Distribution]) -> list[tuple[str, list[Entry]]]:
@@ -80,7 +99,8 @@ def _distribution(root: Path, info: Path, python: str) -> Distribution:
         size += status.st_size
         entries.append(Entry(f"{prefix}/{name}", path, executable=bool(status.st_mode & 0o100)))
     entries.append(Entry(f"{prefix}/{info.name}/RECORD", _record(kept, info.name)))
-    return Distribution(about["Name"], about["Version"], _license(about), _tags(info), size, tuple(entries))
+    hashes = {f"{prefix}/{name}": digest for name, digest, *_ in kept if digest}
+    return Distribution(about["Name"], about["Version"], _license(about), _tags(info), size, tuple(entries), hashes)
 
 
 def _tags(info: Path) -> frozenset[str]:

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import io
-import struct
-import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+import yaml
 
 from ..core.archives import Entry, inspect
 from ..core.errors import Invalid
 from ..core.specs import ModelSpec
+from ..core.torch_files import exported, scripted
+from . import estimator_scan, mlflow_scan, torch_scan, zips
 from .onnx_scan import NotOnnx, scan
 
-BY_SUFFIX = {".onnx": "onnx", ".skops": "scikit-learn", ".joblib": "scikit-learn", ".ubj": "xgboost"}
+T = TypeVar("T")
+BY_SUFFIX = {".onnx": "onnx", ".skops": "scikit-learn", ".joblib": "scikit-learn", ".ubj": "xgboost",
+             ".pt": "pytorch", ".pt2": "pytorch", ".pth": "pytorch"}
+ZIP = b"PK\x03\x04"
 PICKLES = (".joblib", ".pkl", ".pickle")
 COMPRESSED = (b"\x78", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\x00\x00", b"\x04\x22\x4d\x18", b"ZF")
 """How joblib's compressed files begin: zlib, gzip, bzip2, xz, lzma, lz4, and its own old form."""
 PROTOCOLS = range(2, 6)
-MOST_DIRECTORY = 4 << 20
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the file is, and the signature that it carries itself (None: none that we can read)."""
+    """What the file is, and the signature and the sample input that it carries itself (None: none that we can read)."""
 
     framework: str
     signature: dict[str, Any] | None = None
+    sample: Any = None
 
 
 def examine(file: BinaryIO, size: int, spec: ModelSpec) -> Seen:
@@ -44,7 +50,26 @@ def examine(file: BinaryIO, size: int, spec: ModelSpec) -> Seen:
         raise wrong("an MLflow model is a folder with an MLmodel file; register the folder (unpack: true)")
     if framework == "scikit-learn":
         _sklearn(file, size, suffix)
-    return Seen(framework)
+    return Seen(framework, _carried(lambda: _signature(file, size, framework)))
+
+
+def _signature(file: BinaryIO, size: int, framework: str) -> dict[str, Any] | None:
+    """Raises what ``_carried`` knows."""
+    if framework in ("lightgbm", "xgboost"):
+        return (estimator_scan.lightgbm if framework == "lightgbm" else estimator_scan.xgboost)(file, size)
+    if framework not in ("scikit-learn", "pytorch") or _head(file, 4) != ZIP:
+        return None
+    with zips.opened(file, size) as archive:
+        return torch_scan.scan(archive) if framework == "pytorch" else estimator_scan.skops(archive)
+
+
+def _carried(look: Callable[[], T]) -> T | None:
+    """What a file says beside what it is. One that is odd there is no worse a model: then it says nothing."""
+    try:
+        return look()
+    except (zips.BadZip, NotOnnx, Invalid, yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError,
+            RecursionError):
+        return None
 
 
 def wrong(message: str, field: str = "artifact") -> Invalid:
@@ -63,7 +88,25 @@ def _folder(file: BinaryIO, spec: ModelSpec) -> Seen:
         raise wrong("an MLflow model has a file MLmodel at the top of its folder; this one has none")
     if spec.framework == "onnx":
         return Seen("onnx", _onnx_in(file, found))
-    return Seen(spec.framework or ("mlflow" if mlflow else "custom"))
+    framework = spec.framework or ("mlflow" if mlflow else "custom")
+    if framework != "mlflow":
+        return Seen(framework)
+    said = _carried(lambda: mlflow_scan.scan(_reader(file, found))) or (None, None)
+    onnx = [e for e in found if e.name == "model.onnx"]  # served as the graph that it is, by the graph's own names
+    return Seen("mlflow", _carried(lambda: _onnx_in(file, onnx)) if onnx else said[0], said[1])
+
+
+def _reader(file: BinaryIO, found: list[Entry]) -> mlflow_scan.Read:
+    by_name = {entry.name: entry for entry in found}
+
+    def read(name: str, most: int) -> bytes | None:
+        entry = by_name.get(name)
+        if entry is None or entry.size > most:
+            return None
+        file.seek(entry.offset)
+        return file.read(entry.size)
+
+    return read
 
 
 def _onnx_in(file: BinaryIO, found: list[Entry]) -> dict[str, Any]:
@@ -96,8 +139,15 @@ def _onnx(file: Any, size: int) -> dict[str, Any]:
 
 def _by_content(file: BinaryIO, size: int) -> str:
     """For files without a telling name: only what identifies itself beyond doubt."""
-    if _head(file, 4) == b"PK\x03\x04":
-        return "scikit-learn" if _zip_names(file, size) & {"schema.json"} else "custom"
+    head = _head(file, 64)
+    if head.startswith(ZIP):
+        names = _zip_names(file, size)
+        torch = exported(names) or scripted(names)
+        return "scikit-learn" if "schema.json" in names else "pytorch" if torch else "custom"
+    if head.startswith(estimator_scan.LIGHTGBM):
+        return "lightgbm"
+    if estimator_scan.XGBOOST.match(head):
+        return "xgboost"
     try:
         scan(file, size)
     except NotOnnx:
@@ -127,17 +177,9 @@ def _head(file: BinaryIO, size: int) -> bytes:
     return file.read(size)
 
 
-def _zip_names(file: BinaryIO, size: int) -> set[str]:
-    """The names in a zip's directory, which is read only when it is of a sane size."""
-    tail = min(size, 22 + 65535)
-    file.seek(size - tail)
-    raw = file.read(tail)
-    at = raw.rfind(b"PK\x05\x06")
-    length = struct.unpack("<I", raw[at + 12:at + 16])[0] if 0 <= at <= len(raw) - 22 else MOST_DIRECTORY + 1
-    if length > MOST_DIRECTORY:
-        raise wrong("the file begins as a zip, but its directory is missing or too large")
+def _zip_names(file: BinaryIO, size: int) -> list[str]:
     try:
-        with zipfile.ZipFile(file) as archive:
-            return set(archive.namelist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as exc:
-        raise wrong(f"the file begins as a zip, but cannot be read as one: {exc}") from exc
+        with zips.opened(file, size) as archive:
+            return archive.namelist()
+    except zips.BadZip as exc:
+        raise wrong(f"the file {exc}") from exc

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..core.documents import Document, Range, Ref, Time, carried
 from ..core.errors import Invalid
 from ..core.specs import Dataset, ModelSpec
+from .claims import Seen
 
 CHANGEABLE = ("tags", "properties", "description")
 HOLD_KINDS = ("image", "deployment", "alias")
@@ -37,10 +38,13 @@ class Model(Document):
     that needed it last.
 
     ``place`` sorts by name, then version. ``marks`` of the highest version hold ``latest`` and ``latest/<name>``.
+    ``file_signature`` is what the file says itself where the caller gave a signature of his own; an image that serves
+    the model by its flavour is built only where the two agree.
     """
 
     kind = "model"
     indexed = frozenset({"name", "place", "marks", "artifact", "framework", "run", "tags", "properties"})
+    unpublished = frozenset({"sample"})
     hidden = frozenset({"marks", "holds", "let_go"})   # and ``place``, which lists may be ordered by
 
     name: str
@@ -56,6 +60,8 @@ class Model(Document):
     properties: dict[str, str] = {}
     description: str = ""
     signature: dict[str, Any] | None = None
+    file_signature: dict[str, Any] | None = None
+    sample: dict[str, Any] | list[Any] | None = None
     parent: str | None = None
     run: str | None = None
     experiment: str | None = None
@@ -126,11 +132,14 @@ def exact(text: str) -> str:
     return str(ref)
 
 
-def made(spec: ModelSpec, version: int, *, workspace: str, size: int, framework: str,
-         signature: dict[str, Any] | None, parent: str | None, made_by: str | None, now: datetime) -> Model:
+def made(spec: ModelSpec, version: int, *, workspace: str, size: int, seen: Seen, parent: str | None,
+         made_by: str | None, now: datetime) -> Model:
     """Version ``version`` of the name, as first stored: the newest, so marked as the latest."""
+    given = {"framework": seen.framework, "signature": spec.signature or seen.signature, "parent": parent,
+             "file_signature": seen.signature if spec.signature else None,
+             "sample": seen.sample if spec.sample is None else spec.sample}
     return Model(
-        **{**dict(spec), "framework": framework, "signature": signature, "parent": parent},
+        **{**dict(spec), **given},
         workspace=workspace, id=f"{spec.name}:{version}", version=version, size=size,
         place=place(spec.name, version), marks=latest_marks(spec.name), made_by=made_by, created=now, updated=now)
 

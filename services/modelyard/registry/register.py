@@ -106,8 +106,8 @@ async def _numbered(ctx: Context, workspace: str, spec: ModelSpec, record: Artif
     async with turn(ctx, workspace, spec.name):
         for attempt in range(TRIES):
             number = await next_number(ctx, workspace, spec.name, look=attempt > 0)
-            doc = made(spec, number, workspace=workspace, size=record.size, framework=seen.framework,
-                       signature=spec.signature or seen.signature, parent=parent, made_by=key, now=ctx.now())
+            doc = made(spec, number, workspace=workspace, size=record.size, seen=seen, parent=parent, made_by=key,
+                       now=ctx.now())
             try:
                 doc = await ctx.commit(doc, Fact("model.registered"))
             except Conflict:   # another process took this version

@@ -9,7 +9,8 @@ import orjson
 from aiohttp import web
 
 from .dataplane import DataPlane
-from .transport_rest import HttpSite, metrics_response
+from .rest import exposition
+from .transport_rest import HttpSite, respond
 
 
 class Admin:
@@ -39,7 +40,7 @@ class Admin:
         return self._state(200 if self._plane.ready else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        return metrics_response(self._plane)
+        return respond(exposition(self._plane))
 
     async def _on_drain(self, request: web.Request) -> web.Response:
         await self._drain()

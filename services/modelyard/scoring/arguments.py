@@ -23,6 +23,7 @@ import orjson
 
 from ..core.errors import Invalid
 from ..core.inference import JSON
+from ..core.numbers import numbers
 from ..core.tensors import Tensor, nested
 from .calls import Asked
 
@@ -72,7 +73,7 @@ def _for_annotation(annotation: Any, name: str) -> Build:
     if _is(origin, "ndarray"):
         return _array
     if _is(origin, "DataFrame"):
-        return _frame
+        return frame
     arguments = typing.get_args(annotation)
     if origin in (dict, Mapping) and len(arguments) == 2 and _is(typing.get_origin(arguments[1]) or arguments[1],
                                                                 "ndarray"):
@@ -111,6 +112,9 @@ def as_array(value: Any, what: str = "data") -> np.ndarray:
     """Nested lists → array. Raises Invalid for ragged or mixed ones."""
     import numpy as np
 
+    found = numbers(value) if type(value) is list else None
+    if found is not None:
+        return _own(found)
     try:
         array = np.array(value)
     except (ValueError, TypeError, OverflowError) as exc:
@@ -206,7 +210,8 @@ def _arrays(asked: Asked) -> dict[str, np.ndarray]:
     return {t.name: _own(t.array) for t in asked.tensors or []}
 
 
-def _frame(asked: Asked) -> Any:
+def frame(asked: Asked) -> Any:
+    """The call as a data frame. Raises Invalid."""
     import pandas as pd
 
     body = body_of(asked)

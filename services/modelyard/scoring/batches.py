@@ -65,7 +65,7 @@ def execute(runner: Runner, batch: Batch) -> None:
         jobs = _wanted(todo.popleft())
         if not jobs:
             continue
-        token = _enter(runner, jobs)
+        token = _enter(jobs)
         try:
             if len(jobs) == 1:
                 _alone(runner, batch, jobs[0])
@@ -105,7 +105,7 @@ async def execute_awaiting(runner: Runner, batch: Batch) -> None:
         jobs = _wanted(todo.popleft())
         if not jobs:
             continue
-        _enter(runner, jobs)
+        _enter(jobs)
         if len(jobs) == 1:
             await _alone_awaiting(runner, batch, jobs[0])
         elif not await _together_awaiting(runner, batch, jobs):
@@ -160,12 +160,11 @@ def _wanted(jobs: Sequence[Job]) -> list[Job]:
     return wanted
 
 
-def _enter(runner: Runner, jobs: Sequence[Job]) -> Any:
-    """What user code may know of the call, or of the calls, that it is in; a flavour of ours does not ask for more than
-    the first."""
+def _enter(jobs: Sequence[Job]) -> Any:
+    """What user code may know of the call, or of the calls, that it is in. A pickled model may be user code too."""
     first = jobs[0]
-    rows = tuple((job.prediction_id, job.part.rows) for job in jobs if job.part is not None) \
-        if len(jobs) > 1 and not runner.inline else ()
+    rows = tuple([(job.prediction_id, job.part.rows) for job in jobs if job.part is not None]) \
+        if len(jobs) > 1 else ()
     return CURRENT.set(Current(first.prediction_id, first.request_id, first.served.model, rows))
 
 

@@ -140,6 +140,8 @@ class Call:
     deadline: float = math.inf
     request_id: str = ""
     trace_id: str = ""
+    parent: str = ""
+    """The caller's span, where it records this trace."""
     options: Any = None
     """What the codec must know beside the body (headers of the binary extension)."""
     key: str = ""

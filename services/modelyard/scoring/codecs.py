@@ -122,14 +122,14 @@ class RestCodec(ProblemCodec):
     def write(self, asked: Asked, result: Any, served: Served) -> tuple[bytes, str]:
         made = results.tensors(result, asked.outputs)
         body, parts = to_json_parts(Inference(served.name, served.version, asked.id, {}, made), asked.wire)
-        head = orjson.dumps(body)
+        head = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
         return (head + b"".join(parts), f"{BINARY}; header-length={len(head)}") if parts else (head, JSON)
 
 
 def _wants_binary(document: Any, found: Inference) -> tuple[str, ...] | bool:
     """Which outputs go as binary data: those that ask for it, or all by the request's own parameter."""
-    asked = {}
-    for entry in document.get("outputs", ()):
+    asked: dict[str, Any] = {}
+    for entry in document.get("outputs", ()) if found.outputs else ():
         given = entry.get("parameters")
         asked[entry["name"]] = given.get("binary_data") if isinstance(given, dict) else None
     if found.parameters.get("binary_data_output") is True:

@@ -8,6 +8,7 @@ are recorded by one append.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from .image import Image
 from .jobs import Batch, Job, failed, late
 from .lanes import Lane
 from .metrics import Metrics
+from .otlp import Otlp
 from .runners import Runner, openers
 from .settings import Limits
 from .table import Table
@@ -60,6 +62,7 @@ class DataPlane(Plane):
         self._timeout_s = limits.timeout_ms / 1000
         self.metrics = Metrics()
         self.last_call = 0.0
+        self.otlp: Otlp | None = None
         self._log = log
         self._table: Table | None = None
         self._lanes: list[Lane] = []
@@ -198,6 +201,10 @@ class DataPlane(Plane):
         job.deadline = min(call.deadline, now + self._timeout_s)
         if now >= job.deadline:
             job.outcome = failed(late())
+        elif wait_s := lane.hopeless(job.deadline - now):
+            raise QueueFull(f"{lane.waiting} calls wait for '{job.served.name}' already, about {wait_s:.1f} s; try "
+                            f"again soon, or with more time than {job.deadline - now:.1f} s",
+                            retry_after=math.ceil(wait_s))
         if self._keyed is not None:
             self._keyed.expect(job.prediction_id, call)
         if job.outcome is None:
@@ -206,6 +213,7 @@ class DataPlane(Plane):
     def _refuse(self, job: Job, error: ModelyardError) -> None:
         model, job.model = job.model if job.lane is not None else UNKNOWN, ""
         job.settle(failed(error), time.perf_counter_ns())
+        self.last_call = time.monotonic()
         self.metrics.refused(job.call.protocol, job.status)
         if self._log is not None:
             self._log.refused(model, job.status, job.started_ns,
@@ -248,6 +256,8 @@ class DataPlane(Plane):
         self.metrics.finished(jobs)
         if self._log is not None:
             self._log.append(jobs)
+        if self.otlp is not None and self.otlp.plan.traces:
+            self.otlp.offer(jobs)
         self.metrics.in_flight -= len(jobs)
         self._deadlines.forget(jobs)
         for job in jobs:

@@ -28,11 +28,12 @@ from .grpc_wire import Refused
 from .h2_call import Gone, H2Call, Receive, Send, alone, deadline
 from .h2_infer import Infer, adopt, again, take
 from .h2_stream import Stream
-from .transport import binary_trace_id, request_id, trace_id
+from .transport import binary_trace, request_id, trace
 
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 INFER = f"/{oip.SERVICE}/ModelInfer"
 PLAIN = (b"application/grpc", b"application/grpc+proto")
+NOT_TRACED = ("", "")
 AWAY = "this replica goes away; call again"
 Handler = Callable[[H2Call], Awaitable[None]]
 
@@ -137,12 +138,12 @@ class H2App:
 
     def _ask(self, protocol: str, method: str, codec: GrpcCodec, body: bytes, headers: Mapping[bytes, bytes],
              due: float) -> Call:
-        known, trace = headers.get(b"x-request-id"), headers.get(b"traceparent")
-        found = trace_id(trace.decode("latin-1")) if trace is not None else ""
-        if not found and (packed := headers.get(b"grpc-trace-bin")):
-            found = binary_trace_id(wire.binary(packed))
+        known, given = headers.get(b"x-request-id"), headers.get(b"traceparent")
+        traced, parent = trace(given.decode("latin-1")) if given is not None else NOT_TRACED
+        if not traced and (packed := headers.get(b"grpc-trace-bin")):
+            traced, parent = binary_trace(wire.binary(packed))
         return Call(protocol, method, body, PROTO, codec, "", "", due,
-                    request_id(known.decode("latin-1")) if known is not None else "", found, None,
+                    request_id(known.decode("latin-1")) if known is not None else "", traced, parent, None,
                     headers.get(self._key, b"").decode("latin-1") if self._key else "")
 
     def metadata(self, answer: Answer) -> list[wire.Header]:

@@ -16,6 +16,9 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 APART_BYTES = 65_536
 """Compressed messages over this are inflated in a thread."""
+EARLY_S, EARLY = 0.02, 0.1
+"""A call's time is over a moment (at most so many seconds, such a part of it) before its caller's clock says so. A
+caller that times out first resets its stream, and h2corn ends a connection with 200 resets as a rapid-reset attack."""
 CONTENT = [(b"content-type", b"application/grpc"), (b"grpc-accept-encoding", wire.ENCODINGS)]
 BODY, DONE = "http.response.body", "http.response.trailers"
 START = {"type": "http.response.start", "status": 200, "headers": CONTENT, "trailers": True}
@@ -134,7 +137,10 @@ class H2Call:
 def deadline(headers: Mapping[bytes, bytes]) -> float:
     """The caller's, as ``time.monotonic()``; inf: none. Raises Refused."""
     timeout = headers.get(b"grpc-timeout")
-    return math.inf if timeout is None else time.monotonic() + wire.timeout_s(timeout)
+    if timeout is None:
+        return math.inf
+    seconds = wire.timeout_s(timeout)
+    return time.monotonic() + seconds - min(EARLY_S, seconds * EARLY)
 
 
 async def alone(send: Send, headers: Sequence[wire.Header], status: int = 200) -> None:

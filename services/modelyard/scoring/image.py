@@ -7,9 +7,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core.errors import Invalid, NotFound
+
+
+class Slot(NamedTuple):
+    """An input or an output as metadata tells of it. -1 in ``shape``: any length; "" and (): not known."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -23,11 +31,20 @@ class Model:
     framework_version: str = ""
     trusted: bool = False
     properties: Mapping[str, str] = field(default_factory=dict)
+    signature: Mapping[str, Any] = field(default_factory=dict)
+    """What it takes and gives, as its file or its registration says; empty: nobody does."""
+    sample: Any = None
+    """An input that it takes, as a body of ``/score``."""
 
     @property
     def id(self) -> str:
         """``iris:4``."""
         return f"{self.name}:{self.version}"
+
+    def slots(self, side: str) -> tuple[Slot, ...]:
+        """The signature's ``inputs`` or ``outputs``."""
+        return tuple(Slot(str(slot["name"]), str(slot.get("datatype") or ""), tuple(slot.get("shape") or ()))
+                     for slot in self.signature.get(side) or ())
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,8 @@ class Image:
 
 def _model(root: Path, entry: Mapping[str, Any]) -> Model:
     return Model(entry["name"], str(entry["version"]), root / entry["path"], entry.get("framework") or "",
-                 entry.get("framework_version") or "", entry.get("trusted") is True, entry.get("properties") or {})
+                 entry.get("framework_version") or "", entry.get("trusted") is True, entry.get("properties") or {},
+                 entry.get("signature") or {}, entry.get("sample"))
 
 
 def model_path(name: str, version: int | str | None = None) -> str:

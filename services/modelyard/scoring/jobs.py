@@ -72,7 +72,7 @@ class Job(Finished):
         self.body_type = self.response_type = body_type
         self.request, self.request_type, self.protocol, self.method = call.body, call.body_type, call.protocol, \
             call.method
-        self.trace_id = call.trace_id
+        self.trace_id, self.parent = call.trace_id, call.parent
         self.latency_ns = ticks - self.arrived
         if self.queue_ns < 0:
             self.queue_ns = self.latency_ns

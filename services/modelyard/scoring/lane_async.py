@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from .batches import execute_awaiting
 from .calls import ScoringFailed
 from .jobs import GIVEN_UP, Batch, Job, failed
 from .runners import Runner, log_failure
+from .speed import Speed
 
 CONCURRENT = 64
 """Calls that an async ``run`` may have under way at once."""
@@ -22,10 +24,12 @@ class AsyncWork:
     """Made and entered in the lane's thread; ``wake``, ``give_up`` and ``close`` are for the server's event loop."""
 
     def __init__(self, runner: Runner, next_: Callable[[Runner], Batch | None], claim: Callable[[Batch], None],
-                 running: dict[int, Batch], give_back: Callable[[Iterable[Batch]], None]) -> None:
+                 running: dict[int, Batch], give_back: Callable[[Iterable[Batch]], None],
+                 speed: Speed) -> None:
         self._runner, self._next, self._claim = runner, next_, claim
-        self._running, self._give_back = running, give_back
+        self._running, self._give_back, self._speed = running, give_back, speed
         self._most = BATCHES if runner.batched else CONCURRENT
+        speed.overlapping = True
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._of: dict[Job, int] = {}
         self._woken = self._closed = False
@@ -79,6 +83,8 @@ class AsyncWork:
             self._tasks[number].cancel()
 
     def _over(self, batch: Batch, task: asyncio.Task[None]) -> None:
+        self._speed.took(time.monotonic() - batch.began, self._speed.running, len(self._tasks) >= self._most)
+        self._speed.ended(len(batch.jobs))
         del self._tasks[id(batch)], self._running[id(batch)]
         for job in batch.jobs:
             del self._of[job]

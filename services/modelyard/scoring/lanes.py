@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from .batches import execute, plan
 from .jobs import BEGUN, GIVEN_UP, QUEUED, Batch, Job
 from .lane_async import AsyncWork
+from .patience import Patience
 from .runners import Runner
+from .speed import Speed
 
 INLINE_NS = 1_000_000
 """Shorter predictions run on the event loop, which is held up for so long at most between two looks at sockets."""
@@ -35,6 +37,7 @@ class Lane:
         self.runner: Runner | None = None
         self.waiting = 0
         """Jobs that are queued, not begun and still wanted."""
+        self.speed = Speed()
         self._open, self._done, self._watch, self._max_rows = open_runner, done, watch, max_rows
         self._lock = threading.Lock()  # around the queue and each job's ``state``
         self._queue: deque[Job] = deque()
@@ -42,6 +45,7 @@ class Lane:
         self._running: dict[int, Batch] = {}
         self._working = False  # the thread does
         self._turn_due = self._turning = False
+        self._patience = Patience()
         self._large = self._last_calls = 0
         self._typical_ns = INLINE_NS
         self._ended: deque[Batch] = deque()
@@ -88,6 +92,10 @@ class Lane:
             return False
         self._turn()
         return True
+
+    def hopeless(self, left_s: float) -> float:
+        """The seconds that a call with so much time would wait, when that is too long; else 0.0."""
+        return self.speed.hopeless(left_s, self.waiting)
 
     def give_up(self, job: Job) -> None:
         """The event loop settles a job that is still queued or running. Queued: it will never be begun."""
@@ -151,7 +159,16 @@ class Lane:
     def _turn_soon(self) -> None:
         if not self._turn_due:
             self._turn_due = True
-            self._loop.call_soon(self._turn)
+            self._patience.begin(len(self._queue))
+            self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        """Begins, or lets the loop take a turn for what is on its way."""
+        batched = self.runner is not None and self.runner.batched
+        if not batched or self._planned or self._patience.enough(len(self._queue), self._max_rows):
+            self._turn()
+        else:
+            self._loop.call_soon(self._look)
 
     def _hand_over(self) -> None:
         for batch in self._planned:
@@ -178,11 +195,14 @@ class Lane:
         """The next batch, of what is queued now; None: nothing is."""
         while not self._planned:
             jobs: list[Job] = []
+            most = self._max_rows
             with self._lock:
-                while self._queue and len(jobs) < self._max_rows:
+                while self._queue and len(jobs) < most:
                     job = self._queue.popleft()
                     self._large -= len(job.call.body) > INLINE_BYTES
                     if job.state == QUEUED:
+                        if not jobs and runner.batched:
+                            most = self.speed.together(job.deadline, most)
                         jobs.append(job)
             if not jobs:
                 return None
@@ -197,16 +217,19 @@ class Lane:
                 job.state = BEGUN
             self.waiting -= len(batch.jobs)
         batch.began = time.monotonic()
+        self.speed.begun(len(batch.jobs), batch.began)
 
     def _process(self, runner: Runner, batch: Batch) -> None:
         self._claim(batch)
         if not batch.jobs:
             return
-        began = time.perf_counter_ns()
+        began, more = time.perf_counter_ns(), self.waiting > 0
         self._running[id(batch)] = batch
         execute(runner, batch)
         del self._running[id(batch)]
         took = time.perf_counter_ns() - began
+        self.speed.ended(len(batch.jobs))
+        self.speed.took(took / 1e9, len(batch.jobs), more)
         self._typical_ns = max(took if took > 4 * INLINE_NS else 0, (self._typical_ns * 7 + took) // 8)
 
     # In the worker's thread ---------------------------------------------------------------------------------------
@@ -218,7 +241,7 @@ class Lane:
             self._tell_opened(None, exc)
             return
         if runner.asynchronous:
-            with AsyncWork(runner, self._next, self._claim, self._running, self._give_back) as own:
+            with AsyncWork(runner, self._next, self._claim, self._running, self._give_back, self.speed) as own:
                 self._own = own
                 self._tell_opened(runner, None)
                 own.run()

@@ -11,9 +11,9 @@ import numpy as np
 from ..core.errors import Invalid
 from .calls import Asked, ScoringFailed
 from .cores import cores
-from .image import Model
+from .image import Model, Slot
 from .results import Outputs
-from .runners import CannotStart, RowRunner, Slot, named_inputs
+from .runners import CannotStart, RowRunner, named_inputs
 
 DATATYPES = {
     "tensor(bool)": "BOOL", "tensor(uint8)": "UINT8", "tensor(uint16)": "UINT16", "tensor(uint32)": "UINT32",

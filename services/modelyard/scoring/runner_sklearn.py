@@ -11,9 +11,9 @@ import numpy as np
 from ..core.errors import Invalid
 from ..core.tensors import to_wire
 from .calls import Asked, ScoringFailed
-from .image import Model
+from .image import Model, Slot
 from .results import Outputs
-from .runners import CannotStart, RowRunner, Slot, the_input
+from .runners import CannotStart, RowRunner, the_input
 
 METHODS = ("predict", "predict_proba")
 

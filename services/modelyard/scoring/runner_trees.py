@@ -4,6 +4,7 @@ library's own ``Booster.predict`` gives: probabilities, values or ranks, as its 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import numpy as np
 from ..core.errors import Invalid
 from .calls import Asked, ScoringFailed
 from .cores import cores
-from .image import Model
+from .image import Model, Slot
 from .results import Outputs
 from .runner_sklearn import SklearnRunner, load_pickle
-from .runners import CannotStart, RowRunner, Runner, Slot, the_input
+from .runners import CannotStart, RowRunner, Runner, the_input
 
 PICKLES = (".joblib", ".pkl", ".pickle")
 Predict = Callable[[np.ndarray], Any]
@@ -25,12 +26,13 @@ Predict = Callable[[np.ndarray], Any]
 class BoosterRunner(RowRunner):
     """A native booster."""
 
-    def __init__(self, platform: str, features: int, predict: Predict) -> None:
+    def __init__(self, platform: str, features: int, predict: Predict, width: int = 1) -> None:
         super().__init__()
         self.platform = platform
         self._features, self._predict = features, predict
         self.inputs = (Slot("input-0", "FP64", (-1, features or -1)),)
-        self.outputs = (Slot("predict", "FP64" if platform == "lightgbm" else "FP32", (-1,)),)
+        self.outputs = (Slot("predict", "FP64" if platform == "lightgbm" else "FP32",
+                             (-1, width) if width > 1 else (-1,)),)
 
     def arrays(self, asked: Asked) -> tuple[dict[str, Any], tuple[str, ...]]:
         unknown = [name for name in asked.outputs if name != "predict"]
@@ -67,7 +69,8 @@ def lightgbm_runner(model: Model) -> Runner:
     if not isinstance(loaded, lightgbm.Booster):
         return _estimator(model, loaded, "lightgbm")
     threads = cores()
-    return BoosterRunner("lightgbm", loaded.num_feature(), lambda rows: loaded.predict(rows, num_threads=threads))
+    return BoosterRunner("lightgbm", loaded.num_feature(), lambda rows: loaded.predict(rows, num_threads=threads),
+                         loaded.num_model_per_iteration())
 
 
 def xgboost_runner(model: Model) -> Runner:
@@ -81,7 +84,15 @@ def xgboost_runner(model: Model) -> Runner:
     if not isinstance(loaded, xgboost.Booster):
         return _estimator(model, loaded, "xgboost")
     loaded.set_param({"nthread": cores()})
-    return BoosterRunner("xgboost", loaded.num_features(), loaded.inplace_predict)
+    return BoosterRunner("xgboost", loaded.num_features(), loaded.inplace_predict, _width(loaded))
+
+
+def _width(booster: Any) -> int:
+    """How many numbers it gives for a row."""
+    learner = json.loads(booster.save_config())["learner"]
+    said = learner["learner_model_param"]
+    by_class = learner["objective"]["name"] == "multi:softprob"
+    return int(said.get("num_class" if by_class else "num_target", 1))
 
 
 def _booster(xgboost: Any, path: str) -> Any:

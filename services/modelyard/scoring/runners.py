@@ -9,22 +9,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
+
+import orjson
 
 from ..core.errors import Invalid
 from .arguments import as_array, body_of, columns_of, data_of, only, parse
 from .calls import Asked, ScoringFailed
 from .context import CURRENT
-from .image import Image, Model
+from .image import Image, Model, Slot
 from .parts import NotByRows, Part, Rows, join, measure_arrays, row_wise
-
-
-class Slot(NamedTuple):
-    """An input or an output as metadata tells of it. -1 in ``shape``: any length."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
 
 
 class Runner(ABC):
@@ -42,6 +36,8 @@ class Runner(ABC):
     """Whether rows of several calls may be joined. A runner that finds out that they may not sets it to False."""
     inputs: tuple[Slot, ...] = ()
     outputs: tuple[Slot, ...] = ()
+    sample: Any = None
+    """An input that it takes, as a body of ``/score``, where somebody gave one."""
 
     @abstractmethod
     def run(self, asked: Asked) -> Any:
@@ -117,7 +113,13 @@ class RowRunner(Runner):
             raise
 
     def _try(self, parts: Sequence[Part], names: tuple[str, ...]) -> None:
-        if not row_wise(lambda arrays: self.predict(arrays, names), parts[0].inputs[0], parts[1].inputs[0]):
+        current = CURRENT.get()
+        token = CURRENT.set(current and current._replace(tried=True))
+        try:
+            by_rows = row_wise(lambda arrays: self.predict(arrays, names), parts[0].inputs[0], parts[1].inputs[0])
+        finally:
+            CURRENT.reset(token)
+        if not by_rows:
             self._by_itself(names)
             raise NotByRows("rows depend on each other")
         self._tried.add(frozenset(names))
@@ -141,7 +143,49 @@ def openers(image: Image) -> list[tuple[tuple[Model, ...], Callable[[], Runner]]
         return [(image.models, lambda: ScoreRunner(score))]
     if not image.models:
         raise CannotStart("the image has neither a scoring file nor a model")
-    return [((model,), partial(_flavour, model)) for model in image.models]
+    return [((model,), partial(_opened, model)) for model in image.models]
+
+
+def _opened(model: Model) -> Runner:
+    """The model's runner, which tells what its signature tells where it does not know itself. It has scored the model's
+    sample once, if there is one: a model that cannot score does not start."""
+    try:
+        runner = _flavour(model)
+    except CannotStart:
+        raise
+    except Exception as exc:
+        raise CannotStart(f"model {model.id} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+    runner.inputs = _told(runner.inputs, model.slots("inputs"))
+    runner.outputs = _told(runner.outputs, model.slots("outputs"))
+    runner.sample = model.sample
+    if model.sample is not None:
+        _try_sample(runner, model)
+    return runner
+
+
+def _told(own: tuple[Slot, ...], said: tuple[Slot, ...]) -> tuple[Slot, ...]:
+    """A runner's own slots, completed."""
+    by_name = {slot.name: slot for slot in said}
+    alone = said[0] if len(own) == len(said) == 1 else None
+    return tuple(_filled(slot, by_name.get(slot.name, alone)) for slot in own) or said
+
+
+def _filled(slot: Slot, said: Slot | None) -> Slot:
+    if said is None:
+        return slot
+    shape = slot.shape or said.shape
+    if len(shape) == len(said.shape):
+        shape = tuple(b if a == -1 else a for a, b in zip(shape, said.shape, strict=True))
+    return Slot(slot.name, slot.datatype or said.datatype, shape)
+
+
+def _try_sample(runner: Runner, model: Model) -> None:
+    try:
+        runner.run(Asked(body=orjson.dumps(model.sample)))
+    except Invalid as exc:
+        sys.stderr.write(f"modelyard: the sample of model {model.id} does not fit it: {exc.message}\n")
+    except ScoringFailed as exc:
+        raise CannotStart(f"model {model.id} cannot score its own sample: {exc.message}") from exc
 
 
 def _flavour(model: Model) -> Runner:
@@ -179,20 +223,27 @@ def _xgboost(model: Model) -> Runner:
     return xgboost_runner(model)
 
 
-FLAVOURS = {"onnx": _onnx, "scikit-learn": _sklearn, "lightgbm": _lightgbm, "xgboost": _xgboost}
+def _pytorch(model: Model) -> Runner:
+    from .runner_torch import TorchRunner
+
+    return TorchRunner(model)
+
+
+FLAVOURS = {"onnx": _onnx, "scikit-learn": _sklearn, "lightgbm": _lightgbm, "xgboost": _xgboost, "pytorch": _pytorch}
 BY_SUFFIX = {".onnx": "onnx", ".skops": "scikit-learn", ".joblib": "scikit-learn", ".pkl": "scikit-learn",
-             ".ubj": "xgboost"}
+             ".ubj": "xgboost", ".pt": "pytorch", ".pt2": "pytorch"}
 MLFLOW = (("model.onnx", _onnx), ("model.lgb", _lightgbm), ("model.ubj", _xgboost), ("model.xgb", _xgboost),
           ("model.skops", _sklearn), ("model.pkl", _sklearn))
 
 
 def _mlflow(model: Model) -> Runner:
-    """An MLflow folder by the file that its flavour leaves in it."""
+    """An MLflow folder by the file that its flavour leaves in it, else by its python_function."""
     for name, make in MLFLOW:
         if (model.path / name).is_file():
             return make(replace(model, path=model.path / name))
-    raise CannotStart(f"model {model.id}: the MLflow folder holds none of {', '.join(n for n, _ in MLFLOW)}; give the "
-                      "image a scoring file")
+    from .runner_pyfunc import PyfuncRunner
+
+    return PyfuncRunner(model)
 
 
 def the_input(asked: Asked) -> Any:

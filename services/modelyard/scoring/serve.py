@@ -17,9 +17,11 @@ from .admin import Admin
 from .capture import CaptureLog
 from .dataplane import DataPlane
 from .image import Image
+from .otlp import Otlp, Plan
 from .runners import CannotStart
 from .settings import Settings
 from .transport import CONNECTION_AGE_S, Transport
+from .transport_direct import DirectTransport
 from .transport_rest import RestTransport
 
 CANNOT_START = 3
@@ -45,8 +47,8 @@ class Replica:
         name = settings.deployment or settings.image.partition(":")[0] or "model"
         self.plane = DataPlane(name, settings.limits, self.log)
         self.admin = Admin(settings.admin, self.plane, self.drain, self.spread)
-        self.transports: list[Transport] = [open_grpc(settings, self.plane),
-                                            RestTransport(settings.http, self.plane, settings.tls)]
+        self.transports: list[Transport] = [open_grpc(settings, self.plane), open_rest(settings, self.plane)]
+        self.plane.otlp = _open_otlp(settings, self.plane)
         self._stop = asyncio.Event()
         self._draining_since = 0.0
 
@@ -83,6 +85,8 @@ class Replica:
         for transport in self.transports:
             await transport.loaded()
         say(f"ready after {time.monotonic() - began:.2f} s: {', '.join(self.plane.table.names)}")
+        if self.plane.otlp is not None:
+            self.plane.otlp.start()
 
     async def drain(self) -> None:
         """Not ready any more, but every call is answered; clients are led away. Repeating is fine."""
@@ -105,6 +109,8 @@ class Replica:
             await asyncio.sleep(0.05)
         grace = max(LEAVE_S - (time.monotonic() - asked), 0.5)
         await asyncio.gather(*(transport.stop(grace) for transport in self.transports))
+        if self.plane.otlp is not None:
+            await self.plane.otlp.close()
         await self.admin.close()
 
     def _nobody_is_there(self) -> bool:
@@ -133,6 +139,12 @@ def open_grpc(settings: Settings, plane: DataPlane) -> Transport:
     return H2Transport(settings.grpc, plane, settings.tls)
 
 
+def open_rest(settings: Settings, plane: DataPlane) -> Transport:
+    """The fast one, which needs nothing more; with ``--transport grpc`` aiohttp alone."""
+    made = RestTransport if settings.transport == "grpc" else DirectTransport
+    return made(settings.http, plane, settings.tls)
+
+
 def _open_log(settings: Settings, image: Image) -> CaptureLog | None:
     if settings.spool is None:
         return None
@@ -141,6 +153,20 @@ def _open_log(settings: Settings, image: Image) -> CaptureLog | None:
     log = CaptureLog.open(settings.spool, settings.replica, about, settings.capture)
     collect.bind(log)
     return log
+
+
+def _open_otlp(settings: Settings, plane: DataPlane) -> Otlp | None:
+    """Raises Invalid."""
+    wanted = Plan.read()
+    if wanted is None:
+        return None
+    about = {"service.name": plane.deployment, "service.version": settings.image_version,
+             "service.instance.id": settings.replica, "modelyard.image": settings.image,
+             "modelyard.workspace": settings.workspace}
+    made = Otlp(wanted, {name: value for name, value in about.items() if value}, plane.metrics, say)
+    plane.metrics.gauge("modelyard_scoring_otlp", "Spans that a collector took and that it missed, and exports that "
+                        "failed.", "what", lambda: made.totals)
+    return made
 
 
 def say(line: str) -> None:

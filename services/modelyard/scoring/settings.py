@@ -102,7 +102,8 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     parser.add_argument("--http", default=Settings.http, metavar="ADDR", help="the same over REST, /score, /metrics")
     parser.add_argument("--admin", default=Settings.admin, metavar="ADDR", help="/livez /readyz /metrics, POST /drain")
     parser.add_argument("--transport", default=env.get("MODELYARD_TRANSPORT") or "auto", metavar="NAME",
-                        help="gRPC by h2 (h2corn) or grpc (grpcio); auto: h2 where it is installed")
+                        help="gRPC by h2 (h2corn) or grpc (grpcio, and REST by aiohttp alone); auto: h2 where it is "
+                             "installed")
     parser.add_argument("--tls-cert", default="", metavar="FILE", help="certificate chain, PEM: gRPC and REST by TLS")
     parser.add_argument("--tls-key", default="", metavar="FILE", help="its key, PEM")
     parser.add_argument("--tls-client-ca", default="", metavar="FILE", help="callers must show a certificate of these")

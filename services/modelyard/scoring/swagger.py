@@ -13,6 +13,8 @@ FORMATS = {"BOOL": {"type": "boolean"}, "BYTES": {"type": "string"}}
 def describe(deployment: str, runner: Runner | None, version: int) -> dict[str, Any]:
     """The document for ``version`` 2 or 3. Without a runner (several models) ``/score`` is described freely."""
     body = _input(runner)
+    if runner is not None and runner.sample is not None:
+        body = {**body, "example": runner.sample}
     failed = {"description": "A problem document that says what is wrong"}
     operation: dict[str, Any] = {"operationId": "score", "summary": "Score one request"}
     if version == 2:

@@ -32,6 +32,8 @@ class Finished:
     response: bytes
     response_type: str
     trace_id: str = ""
+    parent: str = ""
+    """The caller's span, 16 hexadecimal digits, where it records this trace."""
 
 
 def fitting(calls: Sequence[Finished], room: int) -> tuple[Sequence[Finished], Sequence[Finished]]:

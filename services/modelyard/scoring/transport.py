@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import ssl
 
 REQUEST_ID_LENGTH = 128
+TRACEPARENT = re.compile(r"([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?\Z")
 BACKLOG = 4096
 CONNECTION_AGE_S = 5.0
 """grpcio tells its clients to come again after this long."""
@@ -126,12 +128,17 @@ def request_id(given: str | None) -> str:
     return given if given and len(given) <= REQUEST_ID_LENGTH and given.isascii() and given.isprintable() else ""
 
 
-def trace_id(traceparent: str | None) -> str:
-    """The trace id of a W3C ``traceparent``, or ""."""
-    parts = (traceparent or "").split("-")
-    return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else ""
+def trace(traceparent: str | None) -> tuple[str, str]:
+    """The trace id of a W3C ``traceparent``, and the caller's span where it records the trace; "" for what is not."""
+    found = TRACEPARENT.match(traceparent) if traceparent else None
+    if found is None or found[1] == "ff" or (found[1] == "00" and found[5]):
+        return "", ""
+    return found[2], found[3] if int(found[4], 16) & 1 else ""
 
 
-def binary_trace_id(trace: bytes | None) -> str:
-    """The trace id of a ``grpc-trace-bin`` (version 0, field 0, sixteen bytes), or ""."""
-    return trace[2:18].hex() if trace and len(trace) >= 18 and trace[:2] == b"\0\0" else ""
+def binary_trace(packed: bytes | None) -> tuple[str, str]:
+    """The same of a ``grpc-trace-bin``: version 0, then trace id, span and options, each behind its number."""
+    if not packed or len(packed) < 18 or packed[:2] != b"\0\0":
+        return "", ""
+    recorded = len(packed) >= 29 and packed[18] == 1 and packed[27] == 2 and packed[28] & 1
+    return packed[2:18].hex(), packed[19:27].hex() if recorded else ""

@@ -24,7 +24,7 @@ from .calls import Answer, Call, statuses
 from .codecs import GrpcCodec, StreamCodec
 from .dataplane import DataPlane
 from .oip import SERVICE
-from .transport import CONNECTION_AGE_S, Tls, Transport, clear_socket, parse_address, request_id, trace_id
+from .transport import CONNECTION_AGE_S, Tls, Transport, clear_socket, parse_address, request_id, trace
 
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 
@@ -121,8 +121,9 @@ class GrpcTransport(Transport, grpc.GenericRpcHandler):  # type: ignore[misc]
         given = {k: v for k, v in context.invocation_metadata() or () if k in ("x-request-id", "traceparent", key)}
         left = context.time_remaining()
         deadline = math.inf if left is None else time.monotonic() + left
+        traced, parent = trace(given.get("traceparent"))
         call = Call(protocol, method, request, PROTO, codec, deadline=deadline,
-                    request_id=request_id(given.get("x-request-id")), trace_id=trace_id(given.get("traceparent")),
+                    request_id=request_id(given.get("x-request-id")), trace_id=traced, parent=parent,
                     key=str(given.get(key, "")))
         return (await self._plane.handle((call,)))[0]
 

@@ -1,4 +1,4 @@
-"""REST: Open Inference Protocol v2, ``/score`` and its companions, metrics. Errors are problem documents.
+"""REST on aiohttp.
 
 While it drains, idle connections stay open and the next request on one is answered with ``Connection: close``:
 a client never meets a connection that closed under its request.
@@ -8,41 +8,35 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
 
-import orjson
 from aiohttp import web
 
-from ..core.errors import Invalid, ModelyardError, NotFound
-from ..core.inference import BINARY, JSON
-from ..core.version import __version__
-from . import metrics
-from .calls import Answer, Call, Codec, statuses
-from .codecs import PROBLEM, RestCodec, ScoreCodec, problem
+from ..core.errors import Invalid, ModelyardError
 from .dataplane import DataPlane, too_large
-from .runners import Slot
-from .swagger import describe
-from .transport import Tls, Transport, listen, request_id, trace_id
+from .rest import Reply, Site, refusal
+from .transport import BACKLOG, Tls, Transport, listen
 
-HEADER_LENGTH = "Inference-Header-Content-Length"
-EXTENSIONS = ["binary_tensor_data"]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+KEEP_ALIVE_S = 75
+SHUTDOWN_S = 2.0
 
 
 class HttpSite:
     """An aiohttp application on ``host:port`` or ``unix:PATH``; port 0 gives a free one."""
 
-    def __init__(self, address: str, app: web.Application, shutdown_s: float = 2.0, tls: Tls | None = None) -> None:
-        self._address, self._tls = address, tls
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=shutdown_s,
-                                     handler_cancellation=True, keepalive_timeout=75)
+    def __init__(self, address: str, app: web.Application, shutdown_s: float = SHUTDOWN_S,
+                 tls: Tls | None = None) -> None:
+        self.address, self.tls = address, tls
+        self.runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=shutdown_s,
+                                    handler_cancellation=True, keepalive_timeout=KEEP_ALIVE_S)
         self._site: web.BaseSite | None = None
 
     async def start(self) -> str:
         """Listens; gives back the address with the port it got. Raises OSError."""
-        sock, address = listen(self._address)
-        await self._runner.setup()
-        self._site = web.SockSite(self._runner, sock, ssl_context=self._tls.context() if self._tls else None)
+        sock, address = listen(self.address)
+        await self.runner.setup()
+        self._site = web.SockSite(self.runner, sock, ssl_context=self.tls.context() if self.tls else None,
+                                  backlog=BACKLOG)
         await self._site.start()
         return address
 
@@ -54,7 +48,7 @@ class HttpSite:
 
     async def close(self) -> None:
         """Ends every connection, after what it is answering or the shutdown time."""
-        await self._runner.cleanup()
+        await self.runner.cleanup()
 
 
 class RestTransport(Transport):
@@ -64,22 +58,10 @@ class RestTransport(Transport):
     library = "aiohttp"
 
     def __init__(self, address: str, plane: DataPlane, tls: Tls | None = None) -> None:
-        self._plane = plane
-        self._rest, self._score = RestCodec(), ScoreCodec()
+        self._plane, self._site = plane, Site(plane)
         app = web.Application(client_max_size=plane.limits.max_message_bytes, middlewares=[self._around])
-        app.add_routes(self._routes())
+        app.router.add_route("*", "/{path:.*}", self._handle)  # the routes are the site's
         self._http = HttpSite(address, app, tls=tls)
-
-    def _routes(self) -> list[web.RouteDef]:
-        model, versioned = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
-        return [
-            web.get("/", self._healthy), web.post("/score", self._on_score), web.get("/swagger.json", self._on_swagger),
-            web.get("/metrics", self._on_metrics), web.get("/v2", self._server_metadata),
-            web.get("/v2/health/live", self._live), web.get("/v2/health/ready", self._ready),
-            *(route for base in (model, versioned) for route in (
-                web.get(base, self._model_metadata), web.get(base + "/ready", self._model_ready),
-                web.post(base + "/infer", self._on_infer))),
-        ]
 
     async def start(self) -> str:
         return await self._http.start()
@@ -102,37 +84,22 @@ class RestTransport(Transport):
         try:
             response = await handler(request)
         except ModelyardError as exc:
-            response = self._failed(request, exc)
+            response = respond(self._site.failed(exc, request.headers))
         except web.HTTPException as exc:
-            response = _json({"type": "about:blank", "title": exc.reason, "status": exc.status, "detail": exc.reason,
-                              "code": exc.reason.lower().replace(" ", "-"), "error": exc.reason}, exc.status, PROBLEM)
-            if "Allow" in exc.headers:
-                response.headers["Allow"] = exc.headers["Allow"]
+            response = respond(refusal(exc.status))
         if self._plane.draining:
             response.force_close()
         return response
 
-    def _failed(self, request: web.Request, error: ModelyardError) -> web.Response:
-        status, http = statuses(error)
-        self._plane.metrics.refused("rest", status)
-        return web.Response(body=problem(error, request_id(request.headers.get("x-request-id"))), status=http,
-                            content_type=PROBLEM, headers=_retry(error))
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        return respond(await self._reply(request))
 
-    async def _on_infer(self, request: web.Request) -> web.StreamResponse:
-        length = request.headers.get(HEADER_LENGTH)
-        if length is not None and not (length.isascii() and length.isdigit()):
-            raise Invalid(f"{HEADER_LENGTH} must be a whole number")
-        body = await self._body(request)
-        kind = JSON if length is None else f"{BINARY}; header-length={int(length)}"
-        call = self._call(request, "rest", "ModelInfer", body, kind, self._rest)
-        call.model, call.version = request.match_info["model"], request.match_info.get("version", "")
-        call.options = None if length is None else int(length)
-        return await self._answer(call)
-
-    async def _on_score(self, request: web.Request) -> web.StreamResponse:
-        body = await self._body(request)
-        kind = request.headers.get("Content-Type", JSON)
-        return await self._answer(self._call(request, "score", "score", body, kind, self._score))
+    async def _reply(self, request: web.Request) -> Reply:
+        found = self._site.find(request.method, request.rel_url.raw_path)
+        if found.ask is None:
+            return self._site.tell(found, request.headers, request.rel_url.raw_query_string)
+        call = found.ask(found, request.headers, await self._body(request))
+        return self._site.answered((await self._plane.handle((call,)))[0])
 
     async def _body(self, request: web.Request) -> bytes:
         limit = self._plane.limits.max_message_bytes
@@ -142,73 +109,11 @@ class RestTransport(Transport):
             return await request.read()
         except web.HTTPRequestEntityTooLarge as exc:
             raise too_large(limit) from exc
-
-    def _call(self, request: web.Request, protocol: str, method: str, body: bytes, kind: str, codec: Codec) -> Call:
-        return Call(protocol, method, body, kind, codec, request_id=request_id(request.headers.get("x-request-id")),
-                    trace_id=trace_id(request.headers.get("traceparent")),
-                    key=request.headers.get(self._plane.sampling_header, ""))
-
-    async def _answer(self, call: Call) -> web.Response:
-        answer = (await self._plane.handle((call,)))[0]
-        status = 200 if answer.error is None else statuses(answer.error)[1]
-        return web.Response(body=answer.body, status=status, headers=self._headers(answer))
-
-    def _headers(self, answer: Answer) -> dict[str, str]:
-        kind, _, length = answer.body_type.partition("; header-length=")
-        headers = {"Content-Type": kind, "x-request-id": answer.request_id, "x-modelyard-model": answer.model,
-                   "x-modelyard-deployment": self._plane.deployment, "x-modelyard-prediction-id": answer.prediction_id}
-        if length:
-            headers[HEADER_LENGTH] = length
-        return headers if answer.error is None else headers | _retry(answer.error)
-
-    async def _healthy(self, request: web.Request) -> web.StreamResponse:
-        return web.Response(text="Healthy") if self._plane.ready else web.Response(text="Not ready", status=503)
-
-    async def _live(self, request: web.Request) -> web.StreamResponse:
-        return _json({"live": True})
-
-    async def _ready(self, request: web.Request) -> web.StreamResponse:
-        return _json({"ready": self._plane.ready}, 200 if self._plane.ready else 503)
-
-    async def _server_metadata(self, request: web.Request) -> web.StreamResponse:
-        return _json({"name": "modelyard", "version": __version__, "extensions": EXTENSIONS})
-
-    async def _model_ready(self, request: web.Request) -> web.StreamResponse:
-        name = request.match_info["model"]
-        self._plane.about(name, request.match_info.get("version", ""))
-        return _json({"name": name, "ready": self._plane.ready}, 200 if self._plane.ready else 503)
-
-    async def _model_metadata(self, request: web.Request) -> web.StreamResponse:
-        name = request.match_info["model"]
-        _, runner = self._plane.about(name, request.match_info.get("version", ""))
-        return _json({"name": name, "versions": self._plane.table.versions(name), "platform": runner.platform,
-                      "inputs": _slots(runner.inputs), "outputs": _slots(runner.outputs)})
-
-    async def _on_metrics(self, request: web.Request) -> web.StreamResponse:
-        return metrics_response(self._plane)
-
-    async def _on_swagger(self, request: web.Request) -> web.StreamResponse:
-        version = request.query.get("version", "2")
-        if version not in ("2", "3"):
-            raise NotFound(f"there is no swagger of version '{version}'; ask for 2 or 3")
-        default = self._plane.table.default
-        runner = self._plane.about(default)[1] if default else None
-        return _json(describe(self._plane.deployment, runner, int(version)))
+        except web.RequestPayloadError as exc:
+            raise Invalid(f"the body cannot be read: {exc}") from exc
 
 
-def metrics_response(plane: DataPlane) -> web.Response:
-    """The plane's metrics in Prometheus' text format."""
-    return web.Response(body=plane.metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
-
-
-def _json(body: Any, status: int = 200, kind: str = JSON) -> web.Response:
-    return web.Response(body=orjson.dumps(body), status=status, content_type=kind)
-
-
-def _slots(slots: tuple[Slot, ...]) -> list[dict[str, Any]]:
-    return [{"name": s.name, "datatype": s.datatype, "shape": list(s.shape)} for s in slots]
-
-
-def _retry(error: ModelyardError) -> dict[str, str]:
-    seconds = error.detail.get("retry_after")
-    return {} if seconds is None else {"Retry-After": str(seconds)}
+def respond(reply: Reply) -> web.Response:
+    """A reply as aiohttp's response."""
+    lines = (line.split(": ", 1) for line in reply.head.split("\r\n") if line)
+    return web.Response(body=reply.body, status=reply.status, headers=dict(lines))

@@ -1,7 +1,7 @@
 """The public sockets: bytes of each connection go to one replica and back, and nothing is looked at.
 
 A connection belongs to one replica for its life. A new one goes to the ready replica of the serving generation that
-has the fewest; when that one turns out to be dead it goes to another; when none is ready it waits, bounded.
+has the fewest of its kind; when that one turns out to be dead it goes to another; when none is ready it waits, bounded.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Backend(Protocol):
 
     connections: int
 
+    def load(self, kind: str) -> int: ...
+
     def address(self, kind: str) -> str: ...
 
-    def opened(self) -> None: ...
-
-    def closed(self) -> None: ...
+    def opened(self, kind: str) -> Callable[[], None]: ...
 
 
 Choices = Callable[[], Iterable[Backend]]
@@ -153,6 +153,10 @@ class Relay:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def choose(self, choices: Iterable[Backend]) -> Backend:
+        """Who gets the next connection."""
+        return min(choices, key=lambda b: (b.load(self.kind), b.connections))
+
     async def connect(self) -> _End | None:
         """A connection to some ready replica, not reading yet; None when there was none for ``WAIT_S``."""
         loop = asyncio.get_running_loop()
@@ -162,7 +166,7 @@ class Relay:
             changed = self._changed
             choices = [b for b in self._choices() if id(b) not in dead]
             if choices:
-                backend = min(choices, key=lambda b: b.connections)
+                backend = self.choose(choices)
                 end = await self._reach(backend)
                 if end is not None:
                     return end
@@ -177,17 +181,17 @@ class Relay:
                     await changed.wait()
 
     async def _reach(self, backend: Backend) -> _End | None:
-        backend.opened()
-        end = _End(backend.closed)
+        closed = backend.opened(self.kind)
+        end = _End(closed)
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: end, backend.address(self.kind))
         except OSError:
             if end.transport is None:
-                backend.closed()
+                closed()
             return None
         except BaseException:
             if end.transport is None:
-                backend.closed()
+                closed()
             else:
                 end.transport.abort()
             raise

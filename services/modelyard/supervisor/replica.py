@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +21,8 @@ FIRST_PROBE_S, PROBE_S, PROBE_TIMEOUT_S, MISSES = 0.1, 2.0, 5.0, 3
 HEALTHY_S, MAX_DELAY_S = 10.0, 30.0
 STUCK_S = 60.0
 KINDS = ("grpc", "rest", "admin")
+SPREADS = "grpc"
+"""The kind whose connections are sent on."""
 DRAIN_S, GRACE_S = 20.0, 27.0
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -56,6 +60,8 @@ class Replica:
         self.failed_starts = 0
         self.connections = 0
         self.leaving = False
+        self._staying: Counter[str] = Counter()
+        self._spreads = 0
         self._want, self._template = want, want.template
         self._sockets, self._changed, self._environ = sockets, changed, environ
         self._log = LogFile(Path("logs") / f"{self.name}.log")
@@ -75,12 +81,21 @@ class Replica:
     def address(self, kind: str) -> str:
         return str(self._sockets / f"{self.name}.{self._starts}.{kind}")
 
-    def opened(self) -> None:
-        self.connections += 1
-        self._idle.clear()
+    def load(self, kind: str) -> int:
+        """Connections of a kind that are here to stay: those that were told to go do not count."""
+        return self._staying[kind]
 
-    def closed(self) -> None:
+    def opened(self, kind: str) -> Callable[[], None]:
+        """Counts a connection; gives back what is to be called at its end."""
+        self.connections += 1
+        self._staying[kind] += 1
+        self._idle.clear()
+        return partial(self._closed, kind, self._spreads)
+
+    def _closed(self, kind: str, spreads: int) -> None:
         self.connections -= 1
+        if kind != SPREADS or spreads == self._spreads:
+            self._staying[kind] -= 1
         if not self.connections:
             self._idle.set()
 
@@ -103,7 +118,11 @@ class Replica:
         await self.stop()
 
     async def spread(self) -> None:
-        """Another replica is ready: its callers connect anew, to whoever has the fewest. Their calls do not notice."""
+        """Another replica is ready: its callers connect anew, to whoever has the fewest. Their calls do not notice.
+        What they have here counts no more from now on: they come back before it is closed, and would all go
+        elsewhere."""
+        self._spreads += 1
+        self._staying[SPREADS] = 0
         with contextlib.suppress(probe.NoAnswer):
             await probe.http(self.address("admin"), "POST", "/spread")
 
@@ -175,7 +194,7 @@ class Replica:
         loop = asyncio.get_running_loop()
         misses, answered = 0, loop.time()
         memory = self._memory()
-        stuck_s = max(STUCK_S, self._template["limits"].get("timeout_ms", 0) / 500)
+        stuck_s = self._stuck_s()
         while not child.exited.done():
             await asyncio.sleep(PROBE_S if self.ready else FIRST_PROBE_S)
             try:
@@ -195,6 +214,13 @@ class Replica:
             if memory and child.pid and (used := _resident(child.pid)) > memory:
                 self.kill(f"killed: it used {used >> 20} MiB, more than its limit of {memory >> 20} MiB")
             self._set(up, loop.time())
+
+    def _stuck_s(self) -> float:
+        """So long it may answer no probe: code that never lets go of the interpreter cannot be told from a hang."""
+        least = float(self._template["limits"].get("timeout_ms", 0)) / 500
+        with contextlib.suppress(ValueError):
+            return max(float(self._template["env"].get("MODELYARD_STUCK_S") or STUCK_S), least)
+        return max(STUCK_S, least)
 
     def _memory(self) -> int | None:
         """The bytes at which we end it; None when there is no limit, or somebody else sees to it."""

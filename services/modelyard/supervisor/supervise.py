@@ -13,7 +13,7 @@ from typing import Any
 from .desired import Desired, read_json, write_json
 from .logfile import LogFile
 from .relay import Relay
-from .replica import Replica
+from .replica import SPREADS, Replica
 from .rolls import Roll
 from .shipper import Shipper
 
@@ -148,7 +148,7 @@ class Supervisor:
         joined = ready.keys() - self._ready
         if joined and self._ready & ready.keys():
             for address in self._ready & ready.keys():
-                if ready[address].connections > 1:
+                if ready[address].load(SPREADS) > 1:
                     task = asyncio.get_running_loop().create_task(ready[address].spread())
                     self._spreading.add(task)
                     task.add_done_callback(self._spreading.discard)

@@ -48,13 +48,15 @@ def one(b: Bench) -> None:
 def rest(b: Bench) -> None:
     """REST, LogisticRegression, 64 connections, one core; ours and where they have it theirs: /v2"""
     model = b.models["lr"]
-    runs = [*(Run(server, "rest", MANY, "modelyard REST") for server in b.ours(model)[:1]),
+    names = {"modelyard h2": "modelyard REST", "modelyard grpc": "modelyard REST, aiohttp"}
+    runs = [*(Run(server, "rest", MANY, names[server.label]) for server in b.ours(model)),
             *(Run(server, "rest", MANY) for server in b.others(model))]
     seen = b.measure(runs)
     own = [label for label in seen if label.startswith("modelyard")]
     show(_title(rest), seen, own)
     best = max((f for label, f in seen.items() if label not in own), key=lambda f: f.rate, default=None)
-    b.goal("calls/s, REST /v2 ÷ the best peer's REST", "≥ 4", [ratio(seen.get(own[0]) if own else None, best)])
+    b.goal("calls/s, REST /v2 ÷ the best peer's REST", "≥ 4", [
+        ratio(seen.get(names[f"modelyard {t}"]), best) for t in b.transports])
 
 
 def echo(b: Bench) -> None:

@@ -1,5 +1,6 @@
 """The layout folder itself: what other tools read, damage, full disks, and what dead builds left."""
 
+import asyncio
 import errno
 import hashlib
 import json
@@ -82,10 +83,31 @@ async def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path, monkeypatc
     monkeypatch.setattr("modelyard.adapters.images_layout.os.write", full)
     with pytest.raises(Unavailable, match="full"):
         await store.put_blob("iris", digest(b"x" * 2000), once(b"x" * 2000))
-    assert list((tmp_path / ".tmp").iterdir()) == [] == list((tmp_path / "blobs" / "sha256").iterdir())
+    assert [path for part in (".tmp", ".uploads", "blobs/sha256") for path in (tmp_path / part).iterdir()] == []
 
 
 async def test_a_folder_that_cannot_be_had(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(Unavailable, match="image folder"):
         await LayoutImages(tmp_path / "file" / "images").check()
+
+
+async def test_an_upload_of_a_dead_process_goes_and_one_of_a_living_stays(tmp_path: Path) -> None:
+    """Whoever writes one holds its lock, which the kernel takes from the dead."""
+    there, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield bytes(2 << 20)
+        there.set()
+        await go_on.wait()
+
+    store = LayoutImages(tmp_path)
+    living = asyncio.create_task(store.put_blob("iris", digest(bytes(2 << 20)), slow()))
+    await asyncio.wait_for(there.wait(), 10)
+    (tmp_path / ".uploads" / "of the dead").write_bytes(bytes(1 << 20))
+    await LayoutImages(tmp_path).check()
+    (left,) = (tmp_path / ".uploads").iterdir()
+    assert left.name != "of the dead"
+    go_on.set()
+    assert await living is True and list((tmp_path / ".uploads").iterdir()) == []
+    assert [chunk async for chunk in store.get_blob("iris", digest(bytes(2 << 20)))]

@@ -89,3 +89,23 @@ def test_gc_shows_first_and_takes_then(live: Yard, signed: str, tmp_path: Path) 
     assert live.cli("images", "verify", signed).returncode == 0
     assert "is not a data folder" in fails(live, "gc", "--data", str(tmp_path))
     fails(live, "gc", "--older-than", "0", code=2)
+
+
+def test_show_tells_what_the_models_take_and_a_line_to_try(live: Yard, tmp_path: Path) -> None:
+    (tmp_path / "lock.txt").write_text("")
+    torch = Path(__file__).parents[1] / "golden" / "torch" / "script.pt"
+    (tmp_path / "said.json").write_text(json.dumps({"inputs": [
+        {"name": "x", "datatype": "FP32", "shape": [-1, 2]}, {"name": "bias", "datatype": "FP32", "shape": [-1, 1]}]}))
+    live.cli("models", "register", "shown", str(torch), "--signature", f"@{tmp_path / 'said.json'}",
+             "--sample", '{"x": [[1, 2]], "bias": [[3]]}')
+    live.cli("images", "build", "shown", "--model", "shown", "--lock", str(tmp_path / "lock.txt"))
+    shown = live.cli("images", "show", "shown").stdout
+    rows = [line.split() for line in shown.splitlines()]
+    assert ["shown:1", "takes", "x", "FP32", "[-1,", "2]", "-"] in rows
+    assert ["-", "gives", "output-1", "-", "-", "-"] in rows
+    assert shown.splitlines()[-1] == \
+        """try     modelyard score DEPLOYMENT --data '{"x": [[1, 2]], "bias": [[3]]}'"""
+    whole = json.loads(live.cli("images", "show", "shown", "-o", "json").stdout)
+    assert whole["samples"] == {"shown:1": {"x": [[1, 2]], "bias": [[3]]}}
+    assert yaml.safe_load(live.cli("images", "show", "shown", "-o", "yaml").stdout)["signatures"] == whole["signatures"]
+    assert "is not JSON" in fails(live, "models", "register", "shown", str(torch), "--sample", "{", code=2)

@@ -154,11 +154,13 @@ async def deployer(phases: dict[str, str]) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def running(data: Path) -> AsyncIterator[Yard]:
-    """A yard over a data folder; a second one over the same folder is the same yard restarted."""
+async def running(data: Path, store: str = "") -> AsyncIterator[Yard]:
+    """A yard over a data folder; a second one over the same folder is the same yard restarted. ``store`` is the URL of
+    its image store, when that is not in the folder."""
     data.mkdir(parents=True, exist_ok=True)
     bus = await SqliteBus.open(data / "yard.db")
-    blobs, images, peers = DirBlobs(data / "blobs"), LayoutImages(data / "images"), Peers({}, TOKEN)
+    blobs, peers = DirBlobs(data / "blobs"), Peers({}, TOKEN)
+    images = await urls.open_images(store) if store else LayoutImages(data / "images")
     hosted, work = [], []
     for service in (registry.SERVICE, image_builder.SERVICE):
         wakes = Wakes()
@@ -184,6 +186,7 @@ async def running(data: Path) -> AsyncIterator[Yard]:
         await peers.close()
         for h in hosted:
             await h.context.store.close()
+        await images.close()
         await bus.close()
 
 

@@ -62,7 +62,8 @@ class Layout:
         kinds = {"oci": (f"{OCI}.layer.v1.tar+gzip", f"{OCI}.config.v1+json", f"{OCI}.manifest.v1+json"),
                  "docker": (f"{DOCKER}.image.rootfs.diff.tar.gzip", f"{DOCKER}.container.image.v1+json",
                             f"{DOCKER}.distribution.manifest.v2+json")}[family]
-        squeezed = [self.blob(gzip.compress(data, mtime=0), wrong.get("kind", kinds[0])) for data in tars]
+        squeezed = [{**self.blob(gzip.compress(data, mtime=0), wrong.get("kind", kinds[0])), **wrong.get("layer", {})}
+                    for data in tars]
         config = {"architecture": machine, "os": "linux", "config": {"Env": list(env), "Cmd": ["bash"], "User": "root"},
                   "rootfs": {"type": "layers", "diff_ids": wrong.get("diff_ids") or [
                       f"sha256:{hashlib.sha256(data).hexdigest()}" for data in tars]}}
@@ -168,6 +169,15 @@ Wrong = Callable[[Layout], str]
     (lambda y: y.tag(y.image(layer({**DEBIAN, "opt/modelyard/launch.py": b""}))), "scoring server already"),
     (lambda y: y.tag(y.image(layer(DEBIAN), kind=f"{OCI}.layer.v1.tar+zstd")), "tar+zstd"),
     (lambda y: y.tag(y.image(layer(DEBIAN), diff_ids=["sha256:" + "0" * 64])), "its config says"),
+    (lambda y: y.tag(y.image(layer(DEBIAN), layer={"size": 7})), "larger than its manifest says"),
+    (lambda y: y.tag(y.image(layer(DEBIAN), layer={"size": "many"})), "larger than its manifest says"),
+    (lambda y: y.tag(y.json({"layers": [1], "config": {}}, f"{OCI}.manifest.v1+json")), "not an OCI image"),
+    (lambda y: y.tag(y.json({"manifests": ["x"]}, f"{OCI}.index.v1+json")), "what are no images"),
+    (lambda y: y.tag(y.json({"layers": [], "config": y.json({"os": "linux", "architecture": "amd64", "rootfs": []},
+                                                            f"{OCI}.config.v1+json")}, f"{OCI}.manifest.v1+json")),
+     "not one of an OCI image"),
+    (lambda y: y.tag(y.json({"manifests": [{"platform": {"os": "unknown", "architecture": "unknown"}, "digest": "x"}]},
+                            f"{OCI}.index.v1+json")), "it has: none"),
     (lambda y: y.tag(y.image(layer(DEBIAN), diff_ids=["sha256:" + "0" * 64] * 2)), "has 1 layers and says 2"),
     (lambda y: y.tag(y.image(b"no tar at all" * 100)), "not a tar archive"),
     (lambda y: y.tag(y.image(layer(DEBIAN), machine="s390x")), "is for linux/s390x"),

@@ -297,3 +297,21 @@ async def test_four_layers_go_up_at_once(yard: Yard, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(yard.images.images, "put_blob", counted)
     assert (await yard.small("many", models=models))["phase"] == "ready"
     assert most == 4
+
+
+async def test_a_build_that_takes_too_long_fails(
+        yard: Yard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """uv waits for an index that accepts and never answers."""
+    silent = await asyncio.start_server(lambda reader, writer: asyncio.sleep(3600), "127.0.0.1", 0)
+    monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}/simple")
+    spec = {"name": "slow", "score": await yard.upload(SCORE), "requirements": ["six"]}
+    doc = await yard.over((await yard.post(**spec, timeout_s=1))["id"])
+    silent.close()
+    assert doc["phase"] == "failed" and doc["timeout_s"] == 1
+    assert doc["reason"].startswith("the build took longer than 1 s") and "timeout_s" in doc["reason"]
+    log = (await yard.call("GET", f"/v1/images/{doc['id']}/log")).raw.decode()
+    assert f"failed: {doc['reason']}" in log
+    assert [*(tmp_path / "data").glob("image-builder/tmp/*")] == []
+    assert (await yard.small())["phase"] == "ready"
+    for wrong in (0, 86_401, "soon"):
+        assert (await yard.call("POST", "/v1/images", {**spec, "timeout_s": wrong})).status == 422

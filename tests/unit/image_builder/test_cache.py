@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,9 @@ from modelyard.image_builder.locks import Lock, read_lock
 from modelyard.image_builder.log import BuildLog
 from modelyard.image_builder.memo import KIND, Memo
 from modelyard.image_builder.model import Image
+from modelyard.image_builder.sdists import Sdists
 from modelyard.kernel.cache import Cache
+from tests.wheelhouse import locked, wheel
 
 from .conftest import running
 
@@ -24,25 +24,13 @@ from .conftest import running
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lock:
     """Of one wheel, which uv finds in a folder: no index is asked."""
-    wheels, info = tmp_path / "wheels", "tiny-1.0.dist-info"
-    wheels.mkdir()
-    files = {"tiny.py": "VALUE = 1\n" * 1000, f"{info}/METADATA": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
-             f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
-    record = "".join(f"{name},sha256={_b64(text)},{len(text)}\n" for name, text in files.items())
-    wheel = wheels / "tiny-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, text in {**files, f"{info}/RECORD": f"{record}{info}/RECORD,,\n"}.items():
-            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), text)
+    made = wheel(tmp_path / "wheels", "tiny", files={"tiny.py": b"VALUE = 1\n" * 1000})
     monkeypatch.setenv("UV_NO_INDEX", "1")
-    monkeypatch.setenv("UV_FIND_LINKS", str(wheels))
+    monkeypatch.setenv("UV_FIND_LINKS", str(made.parent))
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))
-    found, problems = read_lock(f"tiny==1.0 --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
+    found, problems = read_lock(locked(made))
     assert problems == []
     return found
-
-
-def _b64(text: str) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
 
 
 class Built:
@@ -68,7 +56,8 @@ async def environment(data: Path, lock: Lock, cache: Cache) -> Built:
             await asyncio.to_thread(scratch.mkdir)
             return scratch
 
-        layers, packages = await Environments(yard.images, doc, log, memo, cache).of(lock, folder)
+        sdists = Sdists(doc.python_version, doc.platform, log, cache, folder, ())
+        layers, packages, _ = await Environments(yard.images, doc, log, memo, cache, sdists).of(lock, folder)
         for layer in layers:
             raw = b"".join([chunk async for chunk in yard.images.images.get_blob(doc.repo, layer.digest)])
             assert f"sha256:{hashlib.sha256(raw).hexdigest()}" == layer.digest

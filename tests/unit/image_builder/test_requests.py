@@ -139,9 +139,11 @@ async def test_what_can_be_changed(yard: Yard) -> None:
 async def test_trees_without_a_scoring_file(yard: Yard) -> None:
     pickle = b"\x80\x04N."
     unsafe = await yard.register("unsafe", pickle, framework="xgboost", filename="model.joblib")
-    deep = await yard.register("deep", b"1", framework="pytorch", filename="model.pt")
-    told = await refused(yard, name="trees", models=[unsafe, deep])
+    deep = await yard.register("deep", b"1", framework="tensorflow", filename="model.keras")
+    program = await yard.register("program", b"1", framework="pytorch", filename="model.pt2")
+    told = await refused(yard, name="trees", models=[unsafe, deep, program])
     assert "Booster.save_model" in told["models.0"] and "lightgbm and xgboost" in told["models.1"]
+    assert "TorchScript" in told["models.2"] and "trusted" in told["models.2"]
 
 
 def test_what_trees_need() -> None:

@@ -24,7 +24,7 @@ SERVICES = Path(__file__).parents[3] / "services"
 def make_root(folder: Path, score: str | None = None, models: Sequence[Mapping[str, Any]] = ()) -> Path:
     """``<folder>/opt/modelyard`` with image.json, launch.py, the library and the models; returns that folder.
 
-    Each model: ``name``, ``version``, ``file`` (a Path to copy), and more fields of image.json.
+    Each model: ``name``, ``version``, ``file`` (a file or folder to copy), and more fields of image.json.
     """
     root = folder / "opt" / "modelyard"
     root.mkdir(parents=True)
@@ -39,7 +39,7 @@ def make_root(folder: Path, score: str | None = None, models: Sequence[Mapping[s
         file: Path = fields.pop("file")
         path = f"models/{fields['name']}/{fields['version']}/{file.name}"
         (root / path).parent.mkdir(parents=True)
-        shutil.copy(file, root / path)
+        (shutil.copytree if file.is_dir() else shutil.copy)(file, root / path)
         entries.append(
             {"framework": None, "framework_version": None, "trusted": False, "properties": {}, **fields, "path": path}
         )

@@ -196,6 +196,7 @@ async def test_the_header_is_found_on_every_transport(tmp_path: Path) -> None:
     import aiohttp
     import grpc
 
+    from modelyard.scoring.transport_direct import DirectTransport
     from modelyard.scoring.transport_grpc import GrpcTransport
     from modelyard.scoring.transport_h2 import H2Transport
     from modelyard.scoring.transport_rest import RestTransport
@@ -203,13 +204,14 @@ async def test_the_header_is_found_on_every_transport(tmp_path: Path) -> None:
     chosen: dict[str, list[int]] = {}
     async with planned(tmp_path, sampling=0.5, sampling_key="header:x-customer") as (plane, log):
         served = {t: made(f"unix:{tmp_path}/{t}", plane)
-                  for t, made in (("h2", H2Transport), ("grpc", GrpcTransport), ("rest", RestTransport))}
+                  for t, made in (("h2", H2Transport), ("grpc", GrpcTransport), ("rest", RestTransport),
+                                  ("direct", DirectTransport))}
         body = score_call({"customer": 1}).body
         wire = grpc_call("flower", Tensor("customer", np.array([1])), Tensor("age", np.array([2]))).body
 
         async def call(transport: str, header: str) -> None:
-            if transport == "rest":
-                async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(f"{tmp_path}/rest")) as http, \
+            if transport in ("rest", "direct"):
+                async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(f"{tmp_path}/{transport}")) as http, \
                         http.post("http://localhost/score", data=body, headers={"X-Customer": header}) as answer:
                     assert answer.status == 200
                 return
@@ -229,7 +231,7 @@ async def test_the_header_is_found_on_every_transport(tmp_path: Path) -> None:
         finally:
             for transport in served.values():
                 await transport.stop(2)
-    assert chosen["h2"] == chosen["grpc"] == chosen["rest"] and 4 <= len(chosen["h2"]) <= 20
+    assert chosen["h2"] == chosen["grpc"] == chosen["rest"] == chosen["direct"] and 4 <= len(chosen["h2"]) <= 20
 
 
 async def test_a_sync_that_fails_is_a_write_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

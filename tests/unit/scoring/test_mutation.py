@@ -3,6 +3,7 @@ server goes on, no larger than before."""
 
 import asyncio
 import gc
+import http.client
 import random
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from modelyard.scoring.codecs import GrpcCodec, RestCodec, ScoreCodec, StreamCod
 from modelyard.scoring.dataplane import DataPlane
 from modelyard.wire import inference_pb2 as pb
 from tests.unit.scoring.planes import grpc_call, infer, open_plane
+from tests.unit.scoring.roots import launch, make_root
 
 FLOWER = np.array([[5.1, 3.5, 1.4, 0.2]])
+MANY_BY_HTTP = 20_000
 ALLOWED = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
 SEEDS = [
     write_request(Inference("iris", tensors=[Tensor("x", FLOWER)])),
@@ -34,6 +37,12 @@ JSON_SEED = (
     b'"parameters": {}}], "outputs": [{"name": "predict", "parameters": {"binary_data": true}}]}'
 )
 JSON_SEEDS = [JSON_SEED, b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,4],"data":[[5.1,3.5,1.4,0.2]]}]}']
+FLOATS = FLOWER.astype("f4").tobytes()
+TEXTS = b"".join(len(word).to_bytes(4, "little") + word for word in (b"a", b"", b"\xff\xfe", b"word"))
+BINARY_SEEDS: list[tuple[str, list[tuple[str, bytes]]]] = [
+    ("iris", [("FP32", FLOATS)]), ("iris-onnx", [("FP32", FLOATS)]), ("iris", [("FP64", FLOWER.tobytes())]),
+    ("iris", [("BYTES", TEXTS)]), ("iris-onnx", [("FP32", FLOATS), ("BYTES", TEXTS)])]
+"""A model, and the type and the bytes of each tensor."""
 ODD = [None, True, -1, 0, 1, 2**31, 2**62, 2**63, 1e308, -0.5, "", "x", "FP64", "BYTES", [], [1], [[1], [2, 3]], {},
        {"data": 1}, [None], ["a", 1], "\ud800"]
 
@@ -115,6 +124,30 @@ def rest_body(dice: random.Random) -> Call:
     return Call("rest", "ModelInfer", body, BINARY, RestCodec(), dice.choice(("iris", "iris-onnx")), options=options)
 
 
+def binary_body(dice: random.Random) -> Call:
+    """The binary extension: a JSON head that says which bytes behind it are whose, and is wrong about it."""
+    name, behind = dice.choice(BINARY_SEEDS)
+    head: Any = {"inputs": [
+        {"name": f"x{n}", "datatype": datatype, "shape": [1, 4], "parameters": {"binary_data_size": len(raw)}}
+        for n, (datatype, raw) in enumerate(behind)],
+        "parameters": {"binary_data_output": dice.random() < 0.5}}
+    for tensor in head["inputs"]:
+        if dice.random() < 0.3:
+            tensor["parameters"]["binary_data_size"] = dice.choice((*ODD, 3, 15, 17, 33, 2**40))
+        if dice.random() < 0.2:
+            tensor["shape"] = dice.choice(([4], [0, 4], [2, 4], [1, 4] * 20, [2**62, 4], [-1, 4], []))
+        if dice.random() < 0.1:
+            tensor["datatype"] = dice.choice([*DTYPES, "FP8", ""])
+    written = dumped(mutated_json(head, dice) if dice.random() < 0.5 else head)
+    if dice.random() < 0.1:
+        written = mutate(written, dice)
+    raw = b"".join(raw for _, raw in behind)
+    if dice.random() < 0.3:
+        raw = mutate(raw, dice)
+    length = len(written) if dice.random() < 0.8 else dice.choice((0, 1, len(written) - 1, len(written) + 1, 10**12))
+    return Call("rest", "ModelInfer", written + raw, BINARY, RestCodec(), name, options=length)
+
+
 def resident_mib() -> float:
     gc.collect()
     fields = Path("/proc/self/statm").read_text().split()
@@ -138,7 +171,7 @@ async def bombard(plane: DataPlane, dice: random.Random, make: Any, seen: dict[s
 
 
 @pytest.mark.parametrize("many", [1_500, pytest.param(20_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("make", [grpc_body, rest_body])
+@pytest.mark.parametrize("make", [grpc_body, rest_body, binary_body])
 async def test_damaged_requests(tmp_path: Path, two_models: list[dict[str, Any]], make: Any, many: int) -> None:
     dice = random.Random(20261123)
     seen: dict[str, int] = {}
@@ -168,3 +201,43 @@ async def test_damaged_requests_to_a_scoring_file(tmp_path: Path) -> None:
             answer = (await asyncio.wait_for(plane.handle([call, grpc_call("flower", Tensor("x", FLOWER))]), 30))[0]
             assert answer.status in {*ALLOWED, "INTERNAL"}, (answer.error, call.body)
         assert await infer(plane, FLOWER) == {"output-0": [10.2]}
+
+
+def resident_of(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    return (int(fields[1]) - int(fields[2])) * 4096 / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["h2", "grpc"])
+def test_damaged_bodies_over_http(tmp_path: Path, two_models: list[dict[str, Any]], transport: str) -> None:
+    """Through the whole of the server, on connections that are kept: each is answered, and those after it are right."""
+    dice = random.Random(20261126)
+    root = make_root(tmp_path, models=two_models)
+    good = orjson.dumps({"inputs": [{"name": "x", "datatype": "FP64", "shape": [1, 4], "data": FLOWER[0].tolist()}]})
+    seen: dict[int, int] = {}
+    with launch(root, arguments=["--transport", transport]) as replica:
+        connection = http.client.HTTPConnection(replica.http, timeout=30)
+
+        def post(model: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+            connection.request("POST", f"/v2/models/{model}/infer", body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+        before = 0.0
+        for n in range(MANY_BY_HTTP):
+            call = binary_body(dice) if n % 2 else rest_body(dice)
+            length = {} if call.options is None else {"Inference-Header-Content-Length": str(call.options)}
+            status, body = post(call.model, call.body, length)
+            seen[status] = seen.get(status, 0) + 1
+            assert status in (200, 400, 404, 413), (status, body, call.body)
+            if n % 50 == 0:
+                status, body = post("iris", good, {})
+                assert status == 200 and orjson.loads(body)["outputs"][0]["data"] == [0]
+            if n == MANY_BY_HTTP // 4:
+                before = resident_of(replica.process.pid)
+        connection.close()
+        grown = resident_of(replica.process.pid) - before
+        assert "Traceback" not in replica.log.read_text()
+    assert seen[200] > MANY_BY_HTTP // 60 and seen[400] > MANY_BY_HTTP // 3, seen
+    assert grown < 24, f"{grown:.1f} MiB more after three quarters of {MANY_BY_HTTP} bodies"

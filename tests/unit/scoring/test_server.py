@@ -221,7 +221,8 @@ def test_chunked_body_over_the_limit(replica: Replica) -> None:
     assert answer.startswith(b"HTTP/1.1 413") and b"65536" in answer
 
 
-def test_companions(replica: Replica) -> None:
+def test_companions(replica: Replica, stub: GRPCInferenceServiceStub) -> None:
+    assert stub.ModelInfer(request()).model_version == "4"
     assert http(replica, "/")[2] == b"Healthy"
     for version, key in (("", "swagger"), ("?version=2", "swagger"), ("?version=3", "openapi")):
         document = json.loads(http(replica, f"/swagger.json{version}")[2])

@@ -28,11 +28,15 @@ class Replica:
     def address(self, kind: str) -> str:
         return f"{self.path}.{kind}"
 
-    def opened(self) -> None:
+    def load(self, kind: str) -> int:
+        return self.connections
+
+    def opened(self, kind: str) -> Callable[[], None]:
         self.connections += 1
         self.total += 1
+        return self._closed
 
-    def closed(self) -> None:
+    def _closed(self) -> None:
         self.connections -= 1
 
     @asynccontextmanager
