@@ -66,7 +66,7 @@ class DataPlane(Plane):
         self._log = log
         self._table: Table | None = None
         self._lanes: list[Lane] = []
-        self._draining = False
+        self._draining = self._trickle = False
         self._held = Held(self._admit, lambda: log is not None and log.pressed)
         self._deadlines = Deadlines(self._expire)
         self._stuck_s = max(float(os.environ.get("MODELYARD_STUCK_S") or STUCK_S), 2 * limits.timeout_ms / 1000)
@@ -86,8 +86,16 @@ class DataPlane(Plane):
             made.append((models, Lane(name, open_runner, self._ended, self._deadlines.watch,
                                       self.limits.max_batch_rows)))
         self._lanes = [lane for _, lane in made]
+        for lane in self._lanes:
+            lane.trickle = self._trickle
         await asyncio.gather(*(lane.open() for lane in self._lanes))
         self._table = Table(self.deployment, image, image_version, made)
+
+    def calls_trickle(self) -> None:
+        """A transport takes several turns of the loop to hand over what has arrived: batches wait for that."""
+        self._trickle = True
+        for lane in self._lanes:
+            lane.trickle = True
 
     @property
     def ready(self) -> bool:

@@ -37,6 +37,7 @@ class Lane:
         self.runner: Runner | None = None
         self.waiting = 0
         """Jobs that are queued, not begun and still wanted."""
+        # trickle: calls that are there take several turns of the loop to arrive, and batches wait for them (patience)
         self.speed = Speed()
         self._open, self._done, self._watch, self._max_rows = open_runner, done, watch, max_rows
         self._lock = threading.Lock()  # around the queue and each job's ``state``
@@ -44,7 +45,7 @@ class Lane:
         self._planned: deque[Batch] = deque()  # of whoever works: the event loop's turn or the thread, never both
         self._running: dict[int, Batch] = {}
         self._working = False  # the thread does
-        self._turn_due = self._turning = False
+        self.trickle = self._turn_due = self._turning = False
         self._patience = Patience()
         self._large = self._last_calls = 0
         self._typical_ns = INLINE_NS
@@ -164,7 +165,7 @@ class Lane:
 
     def _look(self) -> None:
         """Begins, or lets the loop take a turn for what is on its way."""
-        batched = self.runner is not None and self.runner.batched
+        batched = self.trickle and self.runner is not None and self.runner.batched
         if not batched or self._planned or self._patience.enough(len(self._queue), self._max_rows):
             self._turn()
         else:
