@@ -4,6 +4,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 UV     := $(VENV)/bin/uv
 export ORT_DISABLE_TELEMETRY := 1
+# Tests start hundreds of programs: each would compile all that it imports.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test test-fast test-faults stack stack-down bench bench-peers lint proto constraints clean
 TEST_RUN := $(CURDIR)/.stack/test
@@ -35,7 +37,7 @@ demo: $(VENV)/.demo          ## the whole path on this machine: register, build,
 	@$(PY) demo/run.py
 
 test: $(VENV)/.test          ## every test, on the embedded parts and on every real server that this machine can run
-	@$(WITH_STACK) $(PY) -m pytest -m "not slow" -n 3 --dist loadfile && $(PY) -m pytest -m "slow and not fault"
+	@$(WITH_STACK) $(PY) -m pytest -m "not slow" -n 3 --dist loadfile && $(PY) -m pytest -m "slow and not fault" -n 2 --dist loadfile
 
 test-fast: $(VENV)/.test     ## the tests that take less than a minute together, on the embedded parts
 	@$(EMBEDDED) $(PY) -m pytest -m "not slow" -n 3 --dist loadfile

@@ -94,6 +94,7 @@ MATRIX: dict[str, tuple[Backend, ...]] = {
                Backend("azure", _own("azure", lambda url, word: f"{url}/grants-{word}"))),
     "images": (Backend("oci-layout", lambda folder: f"oci-layout://{folder}/images"),
                Backend("registry", _own("registry", lambda url, word: f"{url}/t{word}"))),
+    "builders": (Backend("docker", _own("docker", lambda url, word: f"{url}?dockerfiles=none")),),
     "targets": (Backend("process", lambda folder: "process://"), Backend("docker", _own("docker", lambda url, _: url))),
 }
 

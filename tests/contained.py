@@ -79,6 +79,20 @@ def base() -> tuple[bytes, dict[str, Any], dict[str, Any]]:
     return blob(manifest["layers"][0]["digest"]), manifest["layers"][0], json.loads(blob(manifest["config"]["digest"]))
 
 
+def archive(tag: str) -> bytes:
+    """Debian as `docker load` reads it, put together by hand."""
+    layer, _, config = base()
+    parts = {"config.json": json.dumps(config).encode(), "0.tar": layer}
+    listed = {"Config": "config.json", "RepoTags": [tag], "Layers": ["0.tar"]}
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as packed:
+        for name, data in {**parts, "manifest.json": json.dumps([listed]).encode()}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            packed.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
 async def image(images: ImageStore, repo: str, tag: str, score: str = handmade.ECHO, system: bool = True) -> str:
     """An image that answers with ``score``; the digest of its manifest. Without the ``system`` it holds no Python."""
     first, descriptor, about = base()

@@ -65,7 +65,7 @@ class Collector:
                 log.warning("collector '%s' was used outside a call of a scoring server; its rows are not kept",
                             self.name)
             return False
-        if rows:
+        if rows and not current.tried:
             for prediction_id, its in _by_call(current, rows):
                 sink.collect(self.name, prediction_id, columns, its)
         return True

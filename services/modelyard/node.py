@@ -155,13 +155,17 @@ async def _open(stack: AsyncExitStack, settings: Settings, wanted: Sequence[Serv
     if any(s.name == TARGETS_OF for s in wanted):
         for name, url in settings.targets.items():
             targets[name] = keep(await urls.open_target(name, url, images=images, data=settings.data, ends=ends))
+    builds = any(s.name == OF_IMAGES[0] for s in wanted)
+    if builder := await urls.open_builder(settings.targets, settings.data) if builds else None:
+        keep(builder)
     hosted, wakes = [], {}
     for service in wanted:
         store = keep(await urls.open_store_late(settings.store, service.name))
         wakes[service.name] = Wakes()
         hosted.append(Hosted(service, Context(
             service=service.name, store=store, blobs=blobs, images=images, grants=grants, targets=targets,
-            peers=peers, data=settings.data, wake=wakes[service.name].wake, open_images=urls.open_images)))
+            peers=peers, data=settings.data, wake=wakes[service.name].wake, open_images=urls.open_images,
+            dockerfiles=builder)))
     return Parts(bus, targets, hosted, wakes)
 
 

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -88,10 +89,14 @@ class Echo(DataPlane):
 
     def submit(self, call: Any, done: Any) -> None:
         self.last_call = time.monotonic()
-        done(Answer(call.body, call.body_type, "OK", "1", "1", "echo:1"))
+        done(self._answer(call))
 
     async def handle(self, calls: Any) -> list[Answer]:
-        return [Answer(call.body, call.body_type, "OK", "1", "1", "echo:1") for call in calls]
+        return [self._answer(call) for call in calls]
+
+    def _answer(self, call: Any) -> Any:
+        return SimpleNamespace(body=call.body, body_type=call.body_type, status="OK", request_id="1", prediction_id="1",
+                               model="echo:1", error=None)
 
 
 async def serve_echo(transport: str) -> None:

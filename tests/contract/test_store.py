@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,7 @@ from modelyard.adapters.urls import open_store
 from modelyard.core.documents import Document, Part, Range, Time
 from modelyard.core.errors import AlreadyApplied, Conflict, Invalid
 from modelyard.core.events import Envelope, Fact, announce
+from modelyard.kernel.observe import REGISTRY
 from modelyard.ports.store import DocumentStore
 from tests.backends import Backend, backends, url_of
 
@@ -38,6 +40,12 @@ class Plant(Document):
 
 class Tree(Plant):
     kind: ClassVar[str] = "tree"
+
+
+class Odd(Plant):
+    """As another version might write it: nothing that ``Plant`` can read."""
+
+    colour: int = 3  # type: ignore[assignment]
 
 
 @pytest.fixture(params=backends("store"))
@@ -496,3 +504,50 @@ async def test_a_cancelled_call_harms_nobody(store: DocumentStore) -> None:
     kept = set(await ids(store))
     assert {d.id for d in done if isinstance(d, Plant)} <= kept
     await store.commit(Plant(id="after"))
+
+
+# What cannot be read ---------------------------------------------------------------------------------------------
+
+
+def unreadable() -> float:
+    return sum(sample.value for metric in REGISTRY.collect() if metric.name == "modelyard_documents_unreadable"
+               for sample in metric.samples if sample.labels["kind"] == "plant")
+
+
+@pytest.mark.parametrize("order", ["id", "-id", "version", "-version", "height", "due"])
+async def test_a_list_goes_past_what_cannot_be_read(
+        store: DocumentStore, order: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Others take its place, page by page; and it is told of, once."""
+    before, good, word = unreadable(), [], secrets.token_hex(3)  # it is counted for the process
+    for n in range(9):
+        class_ = Plant if n in (1, 4, 6, 8) else Odd
+        await store.commit(class_(
+            id=f"{word}{n}", version=n, height=n / 2, due=T0 + timedelta(seconds=n), tags={"a": "b"}))
+        good += [f"{word}{n}"] * (class_ is Plant)
+    good = good[::-1] if order.startswith("-") else good
+    space = None if order == "due" else "default"
+    for limit in (2, 3, 9):
+        found: list[Plant] = []
+        while page := await store.find(Plant, {"tags": {"a": "b"}}, order=order, limit=limit, workspace=space, after=(
+                (getattr(found[-1], order.removeprefix("-")), found[-1].id) if found else None)):
+            found += page
+            if len(page) < limit:
+                break
+        assert [doc.id for doc in found] == good, limit
+    assert unreadable() == before + 5
+    told = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
+    assert len(told) == 5 and all(f"plant '{word}" in line for line in told)
+
+
+async def test_one_that_cannot_be_read_says_so_and_is_no_other(store: DocumentStore) -> None:
+    """``get`` of it, and a search for one: the highest is not the one below it."""
+    before = unreadable()
+    bad, _ = await store.commit(Odd(id="iris:2", version=2)), await store.commit(Plant(id="iris:1"))
+    with pytest.raises(Invalid, match=r"plant 'iris:2': a stored plant cannot be read .*: Input should be") as found:
+        await store.get(Plant, "iris:2")
+    assert found.value.code == "unreadable"
+    with pytest.raises(Invalid, match="iris:2"):
+        await store.find(Plant, order="-version", limit=1)
+    assert [doc.id for doc in await store.find(Plant, order="version", limit=1)] == ["iris:1"]
+    await store.commit(Plant(id="iris:2", version=2, revision=bad.revision))
+    assert (await store.find(Plant, order="-version", limit=1))[0].id == "iris:2" and unreadable() == before

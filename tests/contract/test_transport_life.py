@@ -13,6 +13,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,3 +259,18 @@ def test_goaway_while_frames_of_a_stream_are_under_way(tmp_path: Path) -> None:
         heard = client.answer(stream)
         assert heard.status == "0"
         assert [streamed(m).infer_response.id for m in unframed(heard.body)] == ["0", "1"]
+
+
+def test_a_call_that_never_says_what_it_asks_is_let_go(tmp_path: Path) -> None:
+    """As long as something comes it is waited for."""
+    with serving(tmp_path, "h2", limits={"timeout_ms": 400}) as served, RawClient(served.address) as client:
+        whole, began = framed(ask()), time.monotonic()
+        silent, slow = client.call(INFER), client.call(INFER)
+        client.send(silent, whole[:9])
+        for at in range(8):
+            client.send(slow, whole[at:at + 1])
+            client.read(0.1)
+        client.send(slow, whole[8:], end=True)
+        assert client.answer(slow).status == "0" and time.monotonic() - began > 0.4
+        heard = client.answer(silent)
+        assert heard.status == "4" and "nothing of the call came for 0.4 s" in heard.message

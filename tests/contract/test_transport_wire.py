@@ -6,6 +6,7 @@ import gzip
 import uuid
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
 from tests.contract.transports import INFER, SERVICE, STREAM, Served, ask, outcome, streamed, wait_for
@@ -49,6 +50,43 @@ def test_an_error_is_headers_only(served: Served) -> None:
         heard = client.answer(stream)
         assert heard.headers[":status"] == "200" and heard.headers["grpc-status"] == UNIMPLEMENTED
         assert heard.body == b"" and heard.trailers == {}
+
+
+def large(client: RawClient, given: np.ndarray) -> int:
+    """A call with more than fits into the server's windows at once."""
+    stream, whole, sent = client.call(INFER), framed(ask(given)), 0
+    while sent < len(whole):
+        took = client.send(stream, whole[sent:], end=True)
+        sent += took
+        if not took:
+            client.read(0.05)
+    return stream
+
+
+def test_answers_wait_for_a_caller_that_reads_slowly(served: Served) -> None:
+    """Together they are larger than what the server keeps for a connection, so most are not handed over at once."""
+    with RawClient(served.address, credit=False) as client:
+        given = [np.arange(2_000.0) + n for n in range(200)]
+        streams = [large(client, one) for one in given]
+        gone = streams.pop(100)
+        client.reset(gone)
+        del given[100]
+        assert works(served) and not client.heard[streams[-1]].ended
+        client.credit = True
+        client.give_credit(streams[-1], 64 * MIB)
+        for stream, one in zip(streams, given, strict=True):
+            heard = client.answer(stream, 30)
+            assert heard.status == OK and (outcome(unframed(heard.body)[0]) == one).all()
+    wait_for(lambda: served.in_flight() == 0)
+
+
+def test_a_caller_that_leaves_instead_of_reading_its_answer(served: Served) -> None:
+    with RawClient(served.address, credit=False) as client:
+        stream = large(client, np.zeros(MIB))
+        client.until(lambda: bool(client.heard[stream].headers), 30)
+        client.reset(stream)
+        assert works(served)
+    wait_for(lambda: served.in_flight() == 0)
 
 
 def test_a_message_in_pieces_is_put_together(served: Served) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.datasets import load_digits, load_iris
-from sklearn.linear_model import LogisticRegression
+
+if TYPE_CHECKING:  # every worker of every lane reads this file, few train a model
+    from sklearn.linear_model import LogisticRegression
 
 SCORE = '''\
 import json
@@ -25,6 +27,9 @@ def run(data):
 
 @functools.cache
 def iris(max_iter: int) -> LogisticRegression:
+    from sklearn.datasets import load_iris
+    from sklearn.linear_model import LogisticRegression
+
     x, y = load_iris(return_X_y=True)
     return LogisticRegression(max_iter=max_iter).fit(x, y)
 
@@ -40,6 +45,8 @@ def save_iris(path: Path, max_iter: int = 200) -> Path:
 def save_digits(path: Path) -> Path:
     """LogisticRegression on the 8x8 digits as ONNX: input ``X`` [n, 64] float32."""
     from skl2onnx import to_onnx
+    from sklearn.datasets import load_digits
+    from sklearn.linear_model import LogisticRegression
 
     x, y = load_digits(return_X_y=True)
     model = LogisticRegression(max_iter=300).fit(x / 16.0, y)

@@ -82,7 +82,7 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
 
 def test_tour(shell: Shell) -> None:
     for language, mark, block in BLOCKS:
-        if mark in (" apart", " stack", " distributed", " compose", " composed", " signed", " export"):
+        if mark in (" apart", " stack", " distributed", " compose", " composed", " signed", " export", " own"):
             continue
         if language == "python":
             shell.run(f"python - <<'END'\n{block}\nEND")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import docker
@@ -14,6 +16,7 @@ from infra.stack import debian
 from infra.stack.docker import Docker
 from modelyard import Client
 from modelyard.wire.inference_pb2_grpc import GRPCInferenceServiceStub
+from tests import contained
 from tests.backends import need
 from tests.e2e import models
 from tests.e2e.test_journey import FLOWER, RETRY, build, healthy, infer, register
@@ -21,6 +24,19 @@ from tests.e2e.yard import Yard, until
 
 pytestmark = pytest.mark.slow
 CALLS = 20
+SYSTEM = """FROM yard-debian:1
+COPY greeting /etc/greeting
+ENV COLOUR=red
+RUN echo from $COLOUR >> /etc/greeting
+USER nobody
+ENTRYPOINT ["/bin/false"]
+"""
+SCORE = """import os
+
+def run(data):
+    with open("/etc/greeting") as file:
+        return {"greeting": file.read(), "colour": os.environ["COLOUR"], "sum": sum(data["data"][0])}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
 def yard(server: Docker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
     """Its services apart, so that the deployer can be away while its containers serve."""
     data = tmp_path_factory.mktemp("docker-yard") / "data"
-    targets = {"local": "process://", "docker": server.url, "nowhere": f"docker://{data}/no.sock"}
+    targets = {"local": "process://", "docker": f"{server.url}?dockerfiles=none", "nowhere": f"docker://{data}/no.sock"}
     yard = Yard.start("apart", data, MODELYARD_TARGETS=",".join(f"{k}={v}" for k, v in targets.items()))
     try:
         yield yard
@@ -142,6 +158,61 @@ def test_a_deployer_that_was_away_finds_its_containers(yard: Yard, images: list[
     yard.restart("deployer")
     now = healthy(yard, "iris", yard.call("GET", "/v1/deployments/iris").json["generation"])
     assert now["endpoints"] == ends and {one.id for one in containers(engine)} == before
+
+
+@pytest.fixture(scope="module")
+def own(yard: Yard, engine: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Dockerfile, and a scoring file beside it; the engine has what it stands on."""
+    engine.images.load(contained.archive("yard-debian:1"))
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "system").mkdir()
+    for name, text in {"Dockerfile": SYSTEM, "greeting": "hello\n", "secret": "x", ".dockerignore": "secret\n"}.items():
+        (folder / "system" / name).write_text(text)
+    (folder / "score.py").write_text(SCORE)
+    return folder
+
+
+def test_an_image_on_a_users_own_dockerfile_answers(yard: Yard, own: Path, engine: docker.DockerClient) -> None:
+    how = ("--score", str(own / "score.py"), "--dockerfile", str(own / "system"))
+    yard.cli("images", "build", "own-system", *how)
+    made = yard.call("POST", "/v1/deployments", {"name": "own", "image": "own-system:1", "target": "docker"})
+    assert made.status == 202, made.body
+    ends = healthy(yard, "own", 1)["endpoints"]
+    with grpc.insecure_channel(ends["grpc"], RETRY) as channel:
+        said = json.loads(infer(GRPCInferenceServiceStub(channel), [[1, 2]], name="own").raw_output_contents[0][4:])
+    assert said == {"greeting": "hello\nfrom red\n", "colour": "red", "sum": 3}
+
+    log = yard.cli("images", "log", "own-system:1").stdout
+    assert "dockerfile: Step 4/" in log and "RUN echo from $COLOUR" in log
+    yard.cli("images", "build", "own-system", *how)
+    log = yard.cli("images", "log", "own-system:2").stdout
+    assert "built before" in log and "Step" not in log, "the same folder on the same images is not built again"
+    one, two = (yard.call("GET", f"/v1/images/own-system:{n}").json for n in (1, 2))
+    assert one["digest"] == two["digest"] and one["dockerfile"] == two["dockerfile"]
+    same = json.loads(yard.cli("images", "list", "--digest", one["digest"], "--output", "json").stdout)
+    assert {item["id"] for item in same} == {"own-system:1", "own-system:2"}
+    assert "WRONG" not in yard.cli("images", "verify", "own-system:1").stdout
+    yard.cli("images", "export", "own-system:1", "--to", str(own / "context.tar"))
+    with tarfile.open(own / "context.tar") as archive, \
+            tarfile.open(fileobj=archive.extractfile("dockerfile.tar")) as inner:
+        assert sorted(inner.getnames()) == [".dockerignore", "Dockerfile", "greeting"]
+    until(lambda: yard.call("DELETE", "/v1/deployments/own?wait=30").status in (200, 202, 404), 20)
+
+
+def test_deleting_an_image_kills_the_step_that_runs(yard: Yard, own: Path, engine: docker.DockerClient) -> None:
+    slow = own / "slow"
+    slow.mkdir()
+    (slow / "Dockerfile").write_text("FROM yard-debian:1\nRUN echo begun && sleep 900\n")
+    yard.cli("images", "build", "slow-system", "--score", str(own / "score.py"), "--dockerfile", str(slow), "--no-wait")
+    with Client(yard.url()) as client:
+        lines = client.images.log("slow-system:1", follow=True)
+        assert any(line.endswith("dockerfile: begun") for line in lines), "it is followed while the step sleeps"
+        lines.close()
+    steps = {"ancestor": "yard-debian:1"}
+    assert len(engine.containers.list(filters=steps)) == 1
+    assert yard.call("DELETE", "/v1/images/slow-system:1").status == 202
+    until(lambda: engine.containers.list(all=True, filters=steps) == [], 30)
+    until(lambda: yard.call("GET", "/v1/images/slow-system:1").status == 404, 30)
 
 
 def test_all_away_and_every_call_is_captured(yard: Yard, images: list[str], engine: docker.DockerClient) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from infra.stack import debian
 from infra.stack.docker import Docker
 from modelyard.wire import inference_pb2 as pb
 from modelyard.wire.inference_pb2_grpc import GRPCInferenceServiceStub
+from tests import contained
 from tests.backends import need
 from tests.e2e import models
 from tests.e2e.test_journey import FLOWER, build, infer, register
@@ -114,7 +114,7 @@ def test_the_layout_keeps_the_digest(exported: Path) -> None:
 
 def test_the_context_builds_the_same_image(engine: docker.DockerClient, exported: Path) -> None:
     """By the classic builder, without a network: nothing is downloaded, the base is what was loaded as `base`."""
-    engine.images.load(as_docker(debian.base(), "base:latest"))
+    engine.images.load(contained.archive("base:latest"))
     if "iris-scorer:1" not in {tag for image in engine.images.list() for tag in image.tags}:
         with (exported / "image.tar").open("rb") as tar:
             engine.images.load(tar)
@@ -143,21 +143,3 @@ def files(engine: docker.DockerClient, image: str) -> dict[str, Any]:
                                   content and (member.mtime, hashlib.sha256(content.read()).hexdigest()))
     assert len(found) > 1000
     return found
-
-
-def as_docker(layout: Path, tag: str) -> bytes:
-    """A layout's image as `docker load` reads it, put together by hand."""
-    def blob(digest: str) -> bytes:
-        return (layout / "blobs" / digest.replace(":", os.sep)).read_bytes()
-
-    manifest = json.loads(blob(json.loads((layout / "index.json").read_bytes())["manifests"][0]["digest"]))
-    parts = {"config.json": blob(manifest["config"]["digest"])}
-    parts |= {f"{n}.tar": blob(layer["digest"]) for n, layer in enumerate(manifest["layers"])}
-    listed = {"Config": "config.json", "RepoTags": [tag], "Layers": [name for name in parts if name != "config.json"]}
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in {**parts, "manifest.json": json.dumps([listed]).encode()}.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()

@@ -13,7 +13,6 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from sklearn.datasets import load_iris
 
 from infra.stack import debian
 from infra.stack.kubernetes import Kubernetes
@@ -123,6 +122,8 @@ def forwarded(cluster: Kubernetes, space: str, folder: Path) -> Iterator[str]:
 
 
 def test_a_pod_answers_a_real_call(cluster: Kubernetes, pod: str, reference: str, tmp_path: Path) -> None:
+    from sklearn.datasets import load_iris
+
     flowers = load_iris().data[::10]
     with forwarded(cluster, pod, tmp_path) as address, grpc.insecure_channel(address, RETRY) as channel:
         answer = infer(GRPCInferenceServiceStub(channel), flowers)

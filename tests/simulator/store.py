@@ -9,13 +9,14 @@ from typing import Any
 
 import orjson
 
+from modelyard.adapters.store_readable import Row, readable, restored
 from modelyard.adapters.store_search import Query, entries, plan
 from modelyard.core.documents import INDEXED_ALWAYS, Document
 from modelyard.core.errors import AlreadyApplied, Conflict
 from modelyard.core.events import Envelope
 from modelyard.ports.store import DocumentStore, Pending
 
-CAUSES = 256
+CAUSES, SERVICE = 256, "simulated"
 Key = tuple[str, str, str]
 
 
@@ -72,18 +73,25 @@ class MemoryStore(DocumentStore):
 
     async def get(self, type_: Any, id: str, *, workspace: str = "default", tombstone: bool = False) -> Any:
         record = self.shelf.records.get((workspace, type_.kind, id))
-        return None if record is None or (record.deleted and not tombstone) else _document(type_, record)
+        if record is None or (record.deleted and not tombstone):
+            return None
+        return restored(type_, Row(id, workspace, id, record.body), SERVICE)
 
     async def find(self, type_: Any, where: Any = None, *, workspace: str | None = "default", order: str = "id",
                    after: Any = None, limit: int = 100, tombstones: bool = False) -> list[Any]:
         query = plan(type_, where, order, after, limit, tombstones)
-        found = [(record.keys[query.order], key[2], record) for key, record in self.shelf.records.items()
-                 if key[1] == type_.kind and workspace in (None, key[0]) and _matches(record, query)]
-        found.sort(key=lambda hit: hit[:2], reverse=query.descending)
-        if query.after is not None:
-            place = query.after
-            found = [hit for hit in found if (hit[:2] < place if query.descending else hit[:2] > place)]
-        return [_document(type_, record) for _, _, record in found[:limit]]
+
+        async def ask(query: Query) -> list[Row]:
+            found = [Row(record.keys[query.order], key[0], key[2], record.body)
+                     for key, record in self.shelf.records.items()
+                     if key[1] == type_.kind and workspace in (None, key[0]) and _matches(record, query)]
+            found.sort(key=lambda row: (row.value, row.id), reverse=query.descending)
+            if (place := query.after) is not None:
+                found = [row for row in found if (
+                    (row.value, row.id) < place if query.descending else (row.value, row.id) > place)]
+            return found[:query.limit]
+
+        return await readable(type_, query, SERVICE, ask)
 
     async def commit(self, doc: Any, events: Any = (), cause: str | None = None) -> Any:
         key = (doc.workspace, doc.kind, doc.id)
@@ -130,10 +138,6 @@ def _record(doc: Document) -> Record:
     values = orjson.loads(body)
     keys = {name: values[name] for name in {*type(doc).indexed, *INDEXED_ALWAYS} if values[name] is not None}
     return Record(body, doc.revision, doc.deleted, keys, entries(keys))
-
-
-def _document(type_: Any, record: Record) -> Any:
-    return type_.restored(record.body)
 
 
 def _matches(record: Record, query: Query) -> bool:

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 from modelyard.core.documents import Document
@@ -22,6 +21,8 @@ def test_every_topic_has_a_schema_and_a_sample(topic: str) -> None:
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
 def test_sample_parses_and_is_what_its_schema_says(path: Path) -> None:
+    import jsonschema  # takes seconds, and every worker reads every file
+
     raw = path.read_bytes()
     event = Envelope.decode(raw)
     schema = json.loads((SCHEMAS / f"{event.type}.schema.json").read_bytes())

@@ -20,8 +20,9 @@ from ..core.errors import Denied, Invalid, ModelyardError, NotFound, Unavailable
 from ..ports.images import ImageStore
 from .images_names import MANIFESTS, OCI_CONFIG, OCI_MANIFEST, hex_of, is_manifest, parts, repo_of, tag_of
 from .images_registry_errors_http import BROKEN, pause
-from .images_registry_http import TRIES, Door, loopback
+from .images_registry_http import TRIES, Door
 from .images_registry_known import Known
+from .images_registry_proxy import OFF, checked, loopback
 from .images_registry_tags import MOVED, VERSION, Tags
 from .images_registry_upload import send
 
@@ -43,9 +44,10 @@ class RegistryImages(ImageStore):
         self._turn: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @classmethod
-    async def open(cls, url: str, tls: str = "", timeout_s: float = 30.0) -> Self:
+    async def open(cls, url: str, tls: str = "", timeout_s: float = 30.0, proxy: str = "") -> Self:
         """``tls``: ``on`` or ``off``; by itself it is off on loopback and on elsewhere. ``timeout_s`` is how long the
-        registry may be silent. Opens no connection. Invalid for a URL that is none of a registry."""
+        registry may be silent. ``proxy``: the URL of one, or ``off``; by itself what HTTPS_PROXY, HTTP_PROXY and
+        NO_PROXY say, and none on loopback. Opens no connection. Invalid for a URL that is none of a registry."""
         given = urlsplit(url)
         host, prefix = given.netloc, given.path.strip("/")
         if "@" in host:
@@ -53,9 +55,11 @@ class RegistryImages(ImageStore):
                           f"{host.rpartition('@')[2]} as the user that Modelyard runs as", field="images")
         if tls not in ("", "on", "off"):
             raise Invalid(f"tls is on or off, not '{tls}'", field="images")
+        if proxy not in ("", OFF) and checked(proxy).user:
+            raise Invalid("credentials in proxy= are refused; HTTPS_PROXY and HTTP_PROXY may hold them", field="images")
         if prefix:
             repo_of(prefix)
-        return cls(Door(host, tls != "off" if tls else not loopback(host), timeout_s), prefix)
+        return cls(Door(host, tls != "off" if tls else not loopback(host), timeout_s, proxy), prefix)
 
     async def check(self) -> None:
         """Whether it is a registry and takes our credentials."""

@@ -15,6 +15,7 @@ import aiohttp
 
 from ..core.errors import Denied, Invalid, ModelyardError, NotFound, Unavailable
 from .images_registry_login import config_file
+from .images_registry_proxy import NAMED
 
 FIRST_S, LONGEST_S = 0.2, 5.0
 PATIENCE_S = 60.0
@@ -26,6 +27,11 @@ BROKEN = (aiohttp.ClientError, TimeoutError, ConnectionError, OSError, ssl.SSLEr
 
 def broken(host: str, about: str, exc: BaseException, timeout_s: float) -> ModelyardError:
     """The error of a connection that failed."""
+    if isinstance(exc, aiohttp.ClientProxyConnectionError):
+        return Unavailable(f"{about}: the proxy on the way to {host} does not answer ({exc.os_error.strerror or exc}); "
+                           f"{NAMED} say which one")
+    if isinstance(exc, aiohttp.ClientHttpProxyError):
+        return proxied(host, about, exc.status)
     if isinstance(exc, aiohttp.ClientConnectorCertificateError):
         return Unavailable(f"{about}: the certificate of {host} is not trusted here; add its authority by "
                            "SSL_CERT_FILE")
@@ -40,8 +46,19 @@ def broken(host: str, about: str, exc: BaseException, timeout_s: float) -> Model
     return Unavailable(f"{about}: the registry {host} does not answer ({told}); check the address and that it runs")
 
 
+def proxied(host: str, about: str, status: int) -> ModelyardError:
+    """The error of a proxy that lets nobody through."""
+    if status == 407:
+        return Denied(f"{about}: the proxy on the way to {host} wants credentials, or others; "
+                      f"http://USER:PASSWORD@HOST:PORT says them in {NAMED.partition(' and ')[0]}")
+    told = f"{about}: the proxy on the way to {host} does not let us through ({status}); {NAMED} say which one"
+    return Denied(told) if status in (401, 403) else Unavailable(told)
+
+
 def refused(host: str, about: str, status: int, headers: Mapping[str, str], said: str) -> ModelyardError:
     """The error of an answer that nobody wanted. ``said`` is the registry's own word, in brackets."""
+    if status == 407:
+        return proxied(host, about, status)
     if status == 401:
         return Denied(f"{about}: the registry {host} wants other credentials; run docker login {host} as the user that "
                       f"Modelyard runs as (they are read from {config_file()})")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import re
 import ssl
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
@@ -17,6 +15,7 @@ from ..core.errors import Denied, Invalid, ModelyardError, Unavailable
 from ..core.version import __version__
 from .images_registry_errors_http import BROKEN, broken, pause, refused, said
 from .images_registry_login import HUB
+from .images_registry_proxy import through
 from .images_registry_tokens_http import Allowed
 
 TRIES = 5
@@ -44,15 +43,16 @@ class Reply:
 
 
 class Door:
-    """One registry. ``host`` is ``HOST[:PORT]``. Every call is bounded: ``timeout_s`` to the first byte of an answer
-    and from each to the next, and at most ``TRIES`` tries where a repetition does no harm."""
+    """One registry. ``host`` is ``HOST[:PORT]``, ``proxy`` as in ``through``. Every call is bounded: ``timeout_s`` to
+    the first byte of an answer and from each to the next, and ``TRIES`` tries at most, where a repetition does no
+    harm."""
 
-    def __init__(self, host: str, tls: bool, timeout_s: float) -> None:
-        self.host = host
+    def __init__(self, host: str, tls: bool, timeout_s: float, proxy: str = "") -> None:
+        self.host, self._proxy = host, proxy
         self.origin = URL(f"{'https' if tls else 'http'}://{HUB_API if host == HUB else host}")
         self._timeout_s = timeout_s
         self._session: aiohttp.ClientSession | None = None
-        self._allowed = Allowed(host, self.origin, self._opened_session)
+        self._allowed = Allowed(host, self.origin, self._opened_session, proxy)
 
     async def close(self) -> None:
         if self._session is not None:
@@ -76,7 +76,7 @@ class Door:
                 error: ModelyardError = self.broken(about, exc)
             except Unavailable as exc:
                 error = exc
-            if attempt == tries:
+            if attempt == tries or not error.retryable:
                 raise error
             await pause(attempt, error)
         raise AssertionError("unreachable")
@@ -92,7 +92,8 @@ class Door:
             home = url.origin() == self.origin
             known = self._allowed.header(repo) if home else ""
             sent = {**(headers or {}), **({"Authorization": known} if known else {})}
-            async with session.request(method, url, headers=sent, data=data, allow_redirects=False) as answer:
+            async with session.request(method, url, headers=sent, data=data, allow_redirects=False,
+                                       proxy=through(url, self._proxy)) as answer:
                 if answer.status == 401 and home and logins < LOGINS:
                     logins += 1
                     await self._whole(answer, "what it asks for")
@@ -158,12 +159,3 @@ class Door:
                     skip_auto_headers={"Accept-Encoding"},  # bytes are taken as they are: nobody may squeeze them
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=self._timeout_s))
         return self._session
-
-
-def loopback(host: str) -> bool:
-    """Whether ``HOST[:PORT]`` is this machine: there no TLS is expected."""
-    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
-    try:
-        return name == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False

@@ -27,11 +27,12 @@ IDENTITY = "<token>"
 
 @dataclass(frozen=True)
 class Login:
-    """User and password; or ``identity``, a token to get others with."""
+    """User and password; or ``identity``, a token to get others with; or ``token``, which the registry takes itself."""
 
     user: str = ""
     password: str = ""
     identity: str = ""
+    token: str = ""
 
     @property
     def basic(self) -> str:
@@ -84,6 +85,8 @@ def _under(table: Any, host: str) -> Any:
 
 
 def _entry(entry: dict[str, Any]) -> Login | None:
+    if entry.get("registrytoken"):
+        return Login(token=str(entry["registrytoken"]))
     if entry.get("identitytoken"):
         return Login(identity=str(entry["identitytoken"]))
     if entry.get("auth"):

@@ -16,6 +16,7 @@ from yarl import URL
 from ..core.errors import Denied, Unavailable
 from .images_registry_errors_http import BROKEN, refused, said
 from .images_registry_login import Login, login
+from .images_registry_proxy import through
 
 EARLY_S = 10.0
 """A token is renewed so long before it lapses."""
@@ -28,10 +29,10 @@ Session = Callable[[], Awaitable[aiohttp.ClientSession]]
 
 
 class Allowed:
-    """Of one registry. ``origin`` is where it is, ``session`` the connection to it."""
+    """Of one registry. ``origin`` is where it is, ``session`` the connection to it, ``proxy`` as in ``through``."""
 
-    def __init__(self, host: str, origin: URL, session: Session) -> None:
-        self._host, self._origin, self._session = host, origin, session
+    def __init__(self, host: str, origin: URL, session: Session, proxy: str = "") -> None:
+        self._host, self._origin, self._session, self._proxy = host, origin, session, proxy
         self._values: dict[str, tuple[str, float]] = {}
         self._scopes: dict[str, dict[str, set[str]]] = {}
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -56,7 +57,8 @@ class Allowed:
                 return now
             known = await login(self._host)
             if known is not None:
-                self._remember(known.password, known.identity, known.basic.partition(" ")[2] if known.user else "")
+                self._remember(known.password, known.identity, known.token,
+                               known.basic.partition(" ")[2] if known.user else "")
             value, lasts = await self._asked(repo, known, [_challenge(text) for text in challenges])
             if value:
                 self._values[repo] = value, time.monotonic() + lasts
@@ -64,6 +66,8 @@ class Allowed:
 
     async def _asked(self, repo: str, known: Login | None,
                      challenges: Sequence[tuple[str, Mapping[str, str]]]) -> tuple[str, float]:
+        if known is not None and known.token:
+            return f"Bearer {known.token}", BASIC_S
         for scheme, given in sorted(challenges, key=lambda one: one[0] != "bearer"):
             if scheme == "bearer" and "realm" in given:
                 return await self._token(repo, given, known)
@@ -91,11 +95,13 @@ class Allowed:
             if known is not None and known.identity:
                 form = {"grant_type": "refresh_token", "service": service, "scope": " ".join(scopes),
                         "client_id": "modelyard", "refresh_token": known.identity}
-                call = session.post(realm, data=form, allow_redirects=False)  # the form would go along, wherever to
+                call = session.post(realm, data=form, allow_redirects=False,  # the form would go along, wherever to
+                                    proxy=through(realm, self._proxy))
             else:
                 query = [("service", service)] if service else []
                 headers = {"Authorization": known.basic} if known is not None and known.user else {}
-                call = session.get(realm.extend_query(query + [("scope", s) for s in scopes]), headers=headers)
+                call = session.get(realm.extend_query(query + [("scope", s) for s in scopes]), headers=headers,
+                                   proxy=through(realm, self._proxy))
             async with call as answer:
                 status, headers, body = answer.status, dict(answer.headers), await _read(answer)
         except BROKEN as exc:

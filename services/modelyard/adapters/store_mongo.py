@@ -17,7 +17,8 @@ from ..ports.store import DocumentStore, Pending
 from . import store_mongo_find as finding
 from .store_mongo_gather import Gather
 from .store_mongo_link import Feed, Link, taken
-from .store_search import plan
+from .store_readable import Row, readable, restored
+from .store_search import Query, plan
 
 D = TypeVar("D", bound=Document)
 CAUSES, TOKENS = 256, 16
@@ -70,7 +71,9 @@ class MongoStore(DocumentStore):
 
     async def get(self, type_: type[D], id: str, *, workspace: str = "default", tombstone: bool = False) -> D | None:
         found = await self._reads((workspace, type_.kind, id))
-        return None if found is None or (found["d"] and not tombstone) else type_.restored(found["b"])
+        if found is None or (found["d"] and not tombstone):
+            return None
+        return restored(type_, Row(id, workspace, id, found["b"]), self._link.service)
 
     async def _read(self, asked: Sequence[Id]) -> list[Record | None]:
         """By id, in the order that was asked."""
@@ -91,10 +94,15 @@ class MongoStore(DocumentStore):
         spaces = [workspace] if workspace is not None else None if query.order == "due" else await self._spaces(type_)
         if spaces == []:
             return []
-        filter_, sort = finding.compose(type_.kind, spaces, query)
-        found = await self._link.steady(
-            lambda: self._docs.find(filter_, finding.FOUND, sort=sort, limit=limit).to_list(limit))
-        return [type_.restored(record["b"]) for record in found]
+        shown = finding.found(query)
+
+        async def ask(query: Query) -> list[Row]:
+            filter_, sort = finding.compose(type_.kind, spaces, query)
+            found = await self._link.steady(
+                lambda: self._docs.find(filter_, shown, sort=sort, limit=query.limit).to_list(query.limit))
+            return [finding.row(record, query) for record in found]
+
+        return await readable(type_, query, self._link.service, ask)
 
     async def _spaces(self, type_: type[Document]) -> list[str]:
         """The workspaces that have such documents: with them a search over all is a merge of walks."""

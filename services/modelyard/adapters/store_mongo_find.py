@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core.documents import INDEXED_ALWAYS, Document
+from .store_readable import Row
 from .store_search import Query, Scalar, entries, shape
 
 KIND, SPACE, ID, DELETED = "_id.k", "_id.w", "_id.i", "d"
-FOUND = {"b": 1, "_id": 0}
 
 
 def base_indexes() -> list[dict[str, Any]]:
@@ -72,6 +72,17 @@ def compose(kind: str, spaces: Sequence[str] | None, query: Query) -> tuple[dict
     elif order != ID:
         terms.append({order: {"$exists": True}})
     return {"$and": terms}, [(order, way)] if order == ID else [(order, way), (ID, way)]
+
+
+def found(query: Query) -> dict[str, Any]:
+    """What of each record is asked for."""
+    return {"b": 1, **({} if query.order == "id" else {_path(query.order): 1})}
+
+
+def row(record: Mapping[str, Any], query: Query) -> Row:
+    """A record that was found."""
+    key = record["_id"]
+    return Row(key["i"] if query.order == "id" else record["f"][query.order], key["w"], key["i"], record["b"])
 
 
 def _behind(order: str, query: Query) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ class Link:
 
     def __init__(self, client: AsyncIOMotorClient[Any], where: str, database: str, service: str,
                  timeout_s: float) -> None:
-        self.where, self.timeout_s = where, timeout_s
+        self.where, self.service, self.timeout_s = where, service, timeout_s
         self._client, self._closed = client, False
         plain = client[database][service]
         majority = WriteConcern("majority", j=True, wtimeout=int(timeout_s * 1000))

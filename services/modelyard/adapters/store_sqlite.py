@@ -22,6 +22,8 @@ from ..core.events import Envelope
 from ..ports.store import DocumentStore, Pending
 from . import store_sqlite_find as finding
 from .sqlite_file import Schema, SqliteFile
+from .store_readable import Row, readable, restored
+from .store_search import Query
 
 D = TypeVar("D", bound=Document)
 CAUSES = 256
@@ -71,7 +73,9 @@ class SqliteStore(DocumentStore):
             return row
 
         row = await self._file.read(look)
-        return None if row is None or (row[1] and not tombstone) else type_.restored(row[0])
+        if row is None or (row[1] and not tombstone):
+            return None
+        return restored(type_, Row(id, workspace, id, row[0]), self._service)
 
     async def find(self, type_: type[D], where: Where | None = None, *, workspace: str | None = "default",
                    order: str = "id", after: tuple[str | int | float, str] | None = None, limit: int = 100,
@@ -79,20 +83,21 @@ class SqliteStore(DocumentStore):
         query = finding.plan(type_, where, order, after, limit, tombstones)
         halves = (0, 1) if query.deleted is None else (int(query.deleted),)
 
-        def look(db: sqlite3.Connection) -> list[bytes]:
-            rows: list[tuple[Any, str, bytes]] = []
-            for space in self._find_spaces(db, type_.kind, workspace):
-                for half in halves:
-                    rows += finding.run(db, space * 2 + half, query)
-            return finding.merged(rows, query)
+        async def ask(query: Query) -> list[Row]:
+            def look(db: sqlite3.Connection) -> list[Row]:
+                rows = [Row(value, space, id, body) for number, space in self._find_spaces(db, type_.kind, workspace)
+                        for half in halves for value, id, body in finding.run(db, number * 2 + half, query)]
+                return finding.merged(rows, query)
 
-        return [type_.restored(body) for body in await self._file.read(look)]
+            return await self._file.read(look)
 
-    def _find_spaces(self, db: sqlite3.Connection, kind: str, workspace: str | None) -> list[int]:
-        sql, args = "SELECT space FROM spaces WHERE service=? AND kind=?", [self._service, kind]
+        return await readable(type_, query, self._service, ask)
+
+    def _find_spaces(self, db: sqlite3.Connection, kind: str, workspace: str | None) -> list[tuple[int, str]]:
+        sql, args = "SELECT space, workspace FROM spaces WHERE service=? AND kind=?", [self._service, kind]
         if workspace is not None:
             sql, args = f"{sql} AND workspace=?", [*args, workspace]
-        return [space for (space,) in db.execute(sql, args)]
+        return db.execute(sql, args).fetchall()
 
     async def commit(self, doc: D, events: Sequence[Envelope] = (), cause: str | None = None) -> D:
         space = await self._space(doc.kind, doc.workspace)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
+from .store_readable import Row
 from .store_search import Query, Scalar, entries, plan
 
 __all__ = ["choose", "compose", "entries", "merged", "plan", "run"]
@@ -101,7 +102,7 @@ def _column(field: str) -> str:
     return f"e.{field}" if field in ("id", "created") else f"k.keys->>'$.{field}'"
 
 
-def merged(rows: list[tuple[Scalar, str, bytes]], query: Query) -> list[bytes]:
-    """The bodies of several shelves in one order, cut to the limit. Numbers come before text, as in the index."""
-    rows.sort(key=lambda row: (isinstance(row[0], str), row[0], row[1]), reverse=query.descending)
-    return [body for _, _, body in rows[: query.limit]]
+def merged(rows: list[Row], query: Query) -> list[Row]:
+    """Those of several shelves in one order, cut to the limit. Numbers come before text, as in the index."""
+    rows.sort(key=lambda row: (isinstance(row.value, str), row.value, row.id), reverse=query.descending)
+    return rows[: query.limit]

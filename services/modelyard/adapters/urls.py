@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 from ..core.attest import PublicKey, public_keys
 from ..core.errors import Invalid
 from ..ports.blobs import BlobStore, CaptureGrants
+from ..ports.builders import DockerfileBuilder
 from ..ports.bus import EventBus
 from ..ports.images import ImageStore
 from ..ports.store import DocumentStore
@@ -60,12 +61,16 @@ BLOBS = {"file": Adapter("blobs_dir", "DirBlobs"),
 GRANTS = {"file": Adapter("blobs_dir", "DirGrants"),
           "azure": Adapter("blobs_azure_grants", "AzureGrants", "azure", AZURE, network=True)}
 IMAGES = {"oci-layout": Adapter("images_layout", "LayoutImages"),
-          "oci": Adapter("images_registry", "RegistryImages", options={"tls": str, "timeout_s": float}, network=True)}
+          "oci": Adapter("images_registry", "RegistryImages", options={"tls": str, "timeout_s": float, "proxy": str},
+                         network=True)}
 SIGNED = {"require_signed": str}
 """What every target's URL may say: a file of the public keys that images must be signed by."""
+BUILDS = {"dockerfiles": str, "build_memory_mib": float, "build_cpus": float, "build_s": float}
+"""What a docker target's URL says for the image builder; the target itself does not look at it."""
+ENGINE = {"network": str, "at_exit": str, **SIGNED, **BUILDS}
 TARGETS = {"process": Adapter("targets_process", "ProcessTarget", options=SIGNED),
-           "docker": Adapter("targets_docker", "DockerTarget", "docker",
-                             {"network": str, "at_exit": str, **SIGNED}, network=True)}
+           "docker": Adapter("targets_docker", "DockerTarget", "docker", ENGINE, network=True)}
+BUILDERS = {"docker": Adapter("builders_docker", "DockerBuilder", "docker", ENGINE, network=True)}
 
 
 async def open_store(url: str, service: str) -> DocumentStore:
@@ -113,7 +118,7 @@ async def open_grants(blobs_url: str) -> CaptureGrants:
 
 
 async def open_images(url: str) -> ImageStore:
-    """``oci-layout:///FOLDER``, ``oci://HOST:PORT[/PREFIX]``."""
+    """``oci-layout:///FOLDER``, ``oci://HOST:PORT[/PREFIX][?tls=off&timeout_s=30&proxy=off]``."""
     return await _plain("images", url, IMAGES)  # type: ignore[no-any-return]
 
 
@@ -123,6 +128,7 @@ async def open_target(name: str, url: str, *, images: ImageStore, data: Path, en
     ``ends``: closing it ends what it runs on this machine."""
     class_, where = _adapter(f"targets.{name}", url, TARGETS)
     file = where.options.pop("require_signed", None)
+    where = Where(where.place, {word: value for word, value in where.options.items() if word not in BUILDS})
     keys = () if file is None else await asyncio.to_thread(_keys, f"targets.{name}", file)
     target: DeploymentTarget
     if isinstance(where.place, str):
@@ -131,6 +137,20 @@ async def open_target(name: str, url: str, *, images: ImageStore, data: Path, en
         target = await asyncio.to_thread(class_, name, images, data, ends)
     target.signed_by = keys
     return target
+
+
+async def open_builder(targets: Mapping[str, str], data: Path) -> DockerfileBuilder | None:
+    """What builds the Dockerfiles that users bring: the engine of the first docker target whose URL lets it,
+    ``docker://…?dockerfiles=NETWORK[&build_memory_mib=4096&build_cpus=2&build_s=1800]``. ``NETWORK`` is what their
+    steps are in: ``none``, ``bridge`` or another of the engine's. None when no target says so."""
+    for name, url in targets.items():
+        if urlsplit(url).scheme in BUILDERS and "dockerfiles" in dict(
+                parse_qsl(urlsplit(url).query, keep_blank_values=True)):
+            class_, where = await asyncio.to_thread(_adapter, f"targets.{name}", url, BUILDERS)
+            options = {word: value for word, value in where.options.items() if word in BUILDS}
+            builder: DockerfileBuilder = await class_.open(where.place, data, **options)
+            return builder
+    return None
 
 
 def _keys(setting: str, file: str) -> Sequence[PublicKey]:
@@ -173,7 +193,7 @@ def _adapter(setting: str, url: str, table: Mapping[str, Adapter]) -> tuple[Any,
         raise Invalid(f"{setting}={shown}: unknown scheme '{parts.scheme}'; known here: {known}", field=setting)
     options = _options(f"{setting}={shown}", pairs, adapter.options or {})
     if adapter.network:
-        if not parts.netloc and table is not TARGETS:
+        if not parts.netloc and table is not TARGETS and table is not BUILDERS:
             raise Invalid(f"{setting}={shown} names no host; write {parts.scheme}://HOST:PORT/…", field=setting)
         return _load(setting, adapter), Where(urlunsplit(parts._replace(query="", fragment="")), options)
     if parts.netloc not in ("", "localhost"):

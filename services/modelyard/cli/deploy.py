@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .folder import found
+from .folder import Found, found
 from .images import built
 from .options import Base, Env, Output, Tags, connect, pairs
 from .show import Format, Steps, document
@@ -39,19 +39,35 @@ def deploy(
     """Registers, builds, deploys and waits. Run again after a change, it upgrades without a failed call; what did
     not change is not made again. In a folder every .py file is code, the rest is the model: in score.py,
     modelyard.model_path(NAME) is its file, or its folder if there are several files."""
+    public, tags = pairs(env, "--env"), pairs(tag, "--tag")
     with connect() as yard, Steps() as steps:
         with found(path, trust) as parts:
+            _look(model or name, image or name, name, parts, base, target, public)
             if parts.requirements is not None and parts.unread:
                 steps.done(f"dependencies are read from {parts.requirements.name}, not from {', '.join(parts.unread)}")
             models = []
             if parts.model is not None:
-                models.append(_register(yard, steps, model or name, parts.model, trust, pairs(tag, "--tag")))
+                models.append(_register(yard, steps, model or name, parts.model, trust, tags))
             made = _build(yard, steps, image or name, models, parts.score, parts.requirements, base)
-        service = _run(yard, steps, name, made.id, target, replicas, capture, pairs(env, "--env"))
+        service = _run(yard, steps, name, made.id, target, replicas, capture, public)
     if output is not Format.table:
         document(service.document, output, "Deployment")
     else:
         _tell(service, next(iter(made.samples.values()), None))
+
+
+def _look(
+    model: str, image: str, name: str, parts: Found, base: str | None, target: str, env: dict[str, str] | None,
+) -> None:
+    """All that can be wrong here, before anything is made there. Raises Invalid with every problem of a document."""
+    from ..client.apply import checked
+    from ..client.requirements import read_requirements
+
+    needs = read_requirements(parts.requirements)
+    if parts.model is not None:
+        checked("Model", {"name": model, "artifact": f"sha256:{'0' * 64}"})
+    checked("Image", {"name": image, "requirements": needs.requirements or [], "base": base})
+    checked("Deployment", {"name": name, "target": target, "image": f"{image}:1", "env": env or {}})
 
 
 def _register(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -29,6 +30,7 @@ ROUTES = {
 ROOM_BYTES = 2 * 10**9
 WAITING_S = 60.0
 TROUBLE = "cannot ship: "
+UNREADABLE = re.compile(r'^modelyard_documents_unreadable\{kind="([^"]+)",service="([^"]+)"\} (\S+)$', re.MULTILINE)
 COLUMNS: list[Column] = ["ok", "check", "found", "fix"]
 
 
@@ -36,7 +38,8 @@ Config = Annotated[Path | None, typer.Option(dir_okay=False, help="The settings 
 
 
 def doctor(config: Config = None, output: Output = Format.table) -> None:
-    """Looks at this machine, at what the settings name, and at the yard; exit 1 when something is missing.
+    """Looks at this machine, at what the settings name, and at the yard; exit 1 when something is missing. A warning
+    says what else would be possible.
 
     Example: modelyard doctor --config modelyard.toml
     """
@@ -71,7 +74,9 @@ def _sandbox() -> dict[str, Any]:
     from ..image_builder.sandbox import trouble
 
     found, _, fix = trouble().partition("; ")
-    return _row("build sandbox", not found, found or "works: packages that exist only as source can be built", fix)
+    if not found:
+        return _row("build sandbox", True, "works: packages that exist only as source can be built")
+    return {**_row("build sandbox", True, f"warning: packages come as wheels only; {found}"), "fix": fix}
 
 
 def _settings(config: Path | None) -> list[dict[str, Any]]:
@@ -130,7 +135,19 @@ def _yard() -> list[dict[str, Any]]:
         rows.append(_asked("dead letters", lambda: len(yard.dead.list(limit=100)), lambda n: f"{n}"))
         if rows[-1]["ok"] and rows[-1]["found"] != "0":
             rows[-1] |= {"ok": False, "fix": "modelyard dead list"}
+        rows += _unreadable(lambda: yard.ask("/metrics"))
     return rows
+
+
+def _unreadable(ask: Callable[[], str]) -> list[dict[str, Any]]:
+    """A row for each kind of document that the asked process met and could not read."""
+    try:
+        met = UNREADABLE.findall(ask())
+    except ModelyardError as exc:
+        return [_row("documents", False, exc.message)]
+    return [_row(f"documents of {service}", False, f"{int(float(count))} of kind {kind} cannot be read",
+                 "the log of the service names them; run the version of Modelyard that wrote them, or a newer one")
+            for kind, service, count in met if float(count)]
 
 
 def _asked(check: str, ask: Callable[[], Any], told: Callable[[Any], str]) -> dict[str, Any]:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from ..client import Client, Image
 
 app = group("Build images from models, look into them, delete them.")
+Own = Annotated[Path | None, typer.Option(
+    exists=True, metavar="FOLDER", help="A folder with a Dockerfile (or that file alone) to stand on, in place of "
+                                        "--base: the yard's Docker Engine builds it.")]
 Form = Literal["context", "oci", "docker"]
 COLUMNS: list[Column] = ["id", "phase", "models", "tags", "created"]
 
@@ -50,7 +53,9 @@ def built(yard: Client, image: Image, steps: Steps) -> Image:
         raise
 
 
-@command(app, "build", "modelyard images build iris-scorer --model iris:4 --score score.py -r requirements.txt")
+@command(app, "build", """
+modelyard images build iris-scorer --model iris:4 --score score.py -r requirements.txt
+modelyard images build iris-scorer --model iris:4 --dockerfile ./system""")
 def build(
     name: Annotated[str, typer.Argument(help="The image's name; the builder gives the version.")],
     model: Annotated[list[str] | None, typer.Option(
@@ -64,7 +69,7 @@ def build(
     lock: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A lock to use as it is.")] = None,
     python: Annotated[str | None, typer.Option(help="For example 3.11.")] = None,
     platform: Annotated[str | None, typer.Option(help="linux/amd64 or linux/arm64.")] = None,
-    base: Base = None,
+    base: Base = None, dockerfile: Own = None,
     env: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Public environment, baked in.")] = None,
     time_limit: Annotated[int | None, typer.Option(
         min=1, metavar="SECONDS", help="A build that takes longer fails: 1800 unless said otherwise.")] = None,
@@ -82,7 +87,7 @@ def build(
         steps.start(f"building {name}")
         image = yard.images.build(
             name, models=model or [], score=score, requirements=needs, lock=lock, python=python,
-            platform=platform, base=base, env=pairs(env, "--env"), tags=pairs(tag, "--tag"),
+            platform=platform, base=base, dockerfile=dockerfile, env=pairs(env, "--env"), tags=pairs(tag, "--tag"),
             properties=pairs(property, "--property"), description=description, timeout_s=time_limit,
             on_progress=steps)
         if wait:
@@ -95,11 +100,12 @@ def build(
 def list_(
     name: Annotated[str | None, typer.Option(help="Only of this name.")] = None,
     model: Annotated[str | None, typer.Option(help="Only with this model: iris:4, or iris for all versions.")] = None,
+    digest: Annotated[str | None, typer.Option(help="Only of this digest, whole: sha256:….")] = None,
     tag: Where = None, limit: Limit = None, output: Output = Format.table,
 ) -> None:
     """Images, the newest first."""
     with connect() as yard:
-        found = yard.images.list(name=name, model=model, tags=tag, limit=limit)
+        found = yard.images.list(name=name, model=model, digest=digest, tags=tag, limit=limit)
     documents([i.document for i in found], COLUMNS, output, "Image")
 
 
@@ -119,7 +125,9 @@ def show(image: ImageRef, output: Output = Format.table) -> None:
 
 @command(app, "wait", "modelyard images wait iris-scorer:7 --timeout 600")
 def wait(
-    image: ImageRef, timeout: Annotated[float, typer.Option(min=0, help="Seconds.")] = 900.0,
+    image: ImageRef, timeout: Annotated[float | None, typer.Option(
+        min=0, metavar="SECONDS", help="At most so long. Otherwise until its turn comes, and then as long as the build "
+                                       "may take (timeout_s of the image) and a minute.")] = None,
     output: Output = Format.table,
 ) -> None:
     """Waits until the build is over; exit 1 if it failed."""

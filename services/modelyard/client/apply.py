@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ..core.documents import DIGEST, Ref
 from ..core.errors import Invalid, NotFound
 from ..core.specs import DeploymentSpec, ImageSpec, ModelSpec, Spec
+from .contexts import upload_context
 from .requirements import read_requirements
 from .uploads import Artifact, OnProgress, inspect, upload
 
@@ -76,9 +77,9 @@ class _Apply:
             body = {k: v for k, v in told.items() if v is not None} | body
             body |= {"artifact": found.digest, "unpack": found.unpack}
         if kind == "Image":
-            for key in ("score", "lock"):
+            for key in ("score", "lock", "dockerfile"):
                 if isinstance(body.get(key), str) and not DIGEST.match(body[key]):
-                    body[key] = (await self._stored(self.root / body[key])).digest
+                    body[key] = (await self._stored(self.root / body[key], context=key == "dockerfile")).digest
             if isinstance(body.get("requirements"), str):
                 needs = await asyncio.to_thread(read_requirements, self.root / body["requirements"])
                 body["requirements"] = needs.requirements
@@ -88,7 +89,9 @@ class _Apply:
                     body["python"] = needs.python
         return checked(kind, body)
 
-    async def _stored(self, source: Path) -> Artifact:
+    async def _stored(self, source: Path, context: bool = False) -> Artifact:
+        if context:
+            return await upload_context(self.yard.http, source, self.on_progress, dry_run=self.dry_run)
         if self.dry_run:
             return (await asyncio.to_thread(inspect, source, self.on_progress))[0]
         return await upload(self.yard.http, source, self.on_progress)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import BuildFailed
+from .contexts import upload_context
 from .downloads import save
 from .fields import ImageFields, Reference, reference
 from .http import Http, Params, path
@@ -18,6 +20,8 @@ from .verify import Verification, verify
 from .waiting import reason_of, settle
 
 OVER = frozenset({"ready", "failed", "cancelled"})
+BUILD_S, LATER_S = 1800.0, 60.0
+"""How long a build may take where its image does not say, and after that to be told as over."""
 
 
 class AsyncImage(ImageFields):
@@ -37,9 +41,10 @@ class AsyncImage(ImageFields):
         self._document = (await self._images.get(self.id)).document
         return self
 
-    async def wait(self, timeout_s: float = 900.0, *, on_progress: OnProgress | None = None) -> AsyncImage:
-        """Returns when the build is over. Raises BuildFailed with the reason (file and line where known; the rest
-        is in ``log``) and Unavailable with ``code="timeout"``."""
+    async def wait(self, timeout_s: float | None = None, *, on_progress: OnProgress | None = None) -> AsyncImage:
+        """Returns when the build is over. Without ``timeout_s`` that is waited for as long as it may take: until the
+        image's turn comes, and then its own ``timeout_s`` and a minute. Raises BuildFailed with the reason (file and
+        line where known; the rest is in ``log``) and Unavailable with ``code="timeout"``."""
         self._document = await self._images.settled(self.id, timeout_s, on_progress)
         return self
 
@@ -71,8 +76,9 @@ class AsyncImages:
         self, name: str, *, models: Sequence[Reference] = (), score: str | Path | None = None,
         requirements: Sequence[str] | str | Path | Needs | None = None, lock: str | Path | None = None,
         python: str | None = None, platform: str | None = None, base: str | None = None,
-        env: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None,
-        properties: Mapping[str, str] | None = None, description: str | None = None, timeout_s: int | None = None,
+        dockerfile: str | Path | None = None, env: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None, properties: Mapping[str, str] | None = None,
+        description: str | None = None, timeout_s: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> AsyncImage:
         """Asks for the next version of ``name`` and returns at once; ``wait`` on the answer.
@@ -80,8 +86,10 @@ class AsyncImages:
         ``score`` is a ``score.py`` or a folder with one (absent: the models' own flavour answers).
         ``requirements`` is a list, or the path of a requirements file, a ``pyproject.toml`` (with extras:
         ``pyproject.toml[gpu]``) or a conda ``environment.yml``, whose Python the image gets unless ``python`` says
-        another; ``lock`` a lock to use as it is; ``timeout_s`` how long the build may take (30 min). Raises Invalid
-        with every problem that can be seen before building.
+        another; ``lock`` a lock to use as it is; ``timeout_s`` how long the build may take (30 min). ``base`` is what
+        the image stands on. In its place ``dockerfile``, a folder with a ``Dockerfile`` at its top (or that file
+        alone), is built by the yard's Docker Engine; what its ``.dockerignore`` names stays here. Raises Invalid with
+        every problem that can be seen before building.
 
         >>> image = yard.images.build("iris-scorer", models=[model]).wait()
         >>> image.id, image.phase
@@ -93,7 +101,8 @@ class AsyncImages:
             name=name, models=[reference(m) for m in models], score=await self._stored(score, on_progress),
             requirements=needs.requirements, constraints=needs.constraints,
             lock=await self._stored(lock, on_progress), python=python or needs.python, platform=platform, base=base,
-            env=env, tags=tags, properties=properties, description=description, timeout_s=timeout_s,
+            dockerfile=await self._context(dockerfile, on_progress), env=env, tags=tags, properties=properties,
+            description=description, timeout_s=timeout_s,
         )
         return await self.create(body)
 
@@ -102,6 +111,11 @@ class AsyncImages:
         if text is None or text.startswith("sha256:"):
             return text
         return (await upload(self._http, Path(text), on_progress)).digest
+
+    async def _context(self, source: str | Path | None, on_progress: OnProgress | None) -> str | None:
+        if source is None or str(source).startswith("sha256:"):
+            return None if source is None else str(source)
+        return (await upload_context(self._http, Path(source), on_progress)).digest
 
     async def create(self, document: Mapping[str, Any]) -> AsyncImage:
         """Asks for an image by the body of ``POST /v1/images``: files are digests already."""
@@ -112,16 +126,17 @@ class AsyncImages:
         return AsyncImage(self, await self._http.json("GET", path("images", reference(image))))
 
     async def list(
-        self, *, name: str | None = None, model: Reference | None = None,
+        self, *, name: str | None = None, model: Reference | None = None, digest: str | None = None,
         tags: Mapping[str, str] | Sequence[str] | None = None, order: str | None = None, limit: int | None = None,
     ) -> list[AsyncImage]:
-        """Images that match every term, the newest first.
+        """Images that match every term, the newest first. ``digest`` is the image's, whole: which versions are it?
 
         >>> [i.id for i in yard.images.list(model="iris:1")]
         ['iris-scorer:1']
         """
         params: Params = {
-            "name": name, "model": None if model is None else reference(model), "tag": pairs(tags), "order": order}
+            "name": name, "model": None if model is None else reference(model), "tag": pairs(tags), "order": order,
+            "digest": digest}
         return [AsyncImage(self, d) async for d in pages(self._http, path("images"), params, limit)]
 
     async def update(
@@ -179,7 +194,8 @@ class AsyncImages:
         """The public key that the yard signs its images with: ``id``, ``algorithm``, ``pem``."""
         return dict(await self._http.json("GET", path("signing-key")))
 
-    async def settled(self, image: Reference, timeout_s: float, on_progress: OnProgress | None) -> dict[str, Any]:
+    async def settled(self, image: Reference, timeout_s: float | None,
+                      on_progress: OnProgress | None) -> dict[str, Any]:
         """The document of an image whose build is over and went well. Raises BuildFailed."""
 
         def seen(document: dict[str, Any]) -> None:
@@ -187,8 +203,11 @@ class AsyncImages:
                 on_progress(Progress("build", message=str(document.get("phase"))))
 
         ref = reference(image)
-        document = await settle(
-            self._http, path("images", ref), lambda d: d.get("phase") in OVER, timeout_s, f"image '{ref}'", seen)
+        where, what = path("images", ref), f"image '{ref}'"
+        if timeout_s is None:
+            begun = await settle(self._http, where, lambda d: d.get("phase") != "queued", math.inf, what, seen)
+            timeout_s = float(begun.get("timeout_s") or BUILD_S) + LATER_S
+        document = await settle(self._http, where, lambda d: d.get("phase") in OVER, timeout_s, what, seen)
         if document["phase"] != "ready":
             raise BuildFailed(
                 f"image '{ref}' {document['phase']}: {reason_of(document)}", image=ref,

@@ -30,7 +30,7 @@ async def settle(
         left = deadline - time.monotonic()
         try:
             wait = 0 if first else max(0.0, min(POLL_S, left))
-            document: dict[str, Any] = await http.json("GET", where, params={"wait": f"{wait:g}"} if wait else None)
+            document: dict[str, Any] = await http.json("GET", where, params={"wait": f"{wait:.3f}"} if wait else None)
         except Unavailable:
             lost = lost or time.monotonic()
             if first or time.monotonic() - lost > OUTAGE_S or left <= 0:

@@ -170,15 +170,20 @@ def response_bytes(answer: Inference) -> bytes:
     tensors = answer.tensors
     if not answer.raw or answer.parameters or any(t.parameters for t in tensors):
         return response_message(answer).SerializeToString()
-    pieces = [_names(answer.model, answer.version)]
+    pieces = [names_bytes(answer.model, answer.version)]
     if answer.id:
         given = answer.id.encode()
         pieces += (b"\x1a", varint(len(given)), given)
-    pieces.append(_outputs(tuple([(t.name, t.datatype, t.array.shape) for t in tensors])))
+    pieces.append(outputs_bytes(tuple([(t.name, t.datatype, t.array.shape) for t in tensors])))
     for tensor in tensors:
         raw = tensor.array.tobytes() if tensor.datatype != "BYTES" else to_raw(tensor)
         pieces += (b"\x32", varint(len(raw)), raw)
     return b"".join(pieces)
+
+
+def contents_tag(field: int, size: int) -> bytes:
+    """What stands before so many bytes of a field of bytes: 6 are a response's raw contents, 7 a request's."""
+    return bytes((field << 3 | 2,)) + varint(size)
 
 
 def streamed(response: bytes) -> bytes:
@@ -187,12 +192,14 @@ def streamed(response: bytes) -> bytes:
 
 
 @functools.lru_cache(1024)
-def _names(model: str, version: str) -> bytes:
+def names_bytes(model: str, version: str) -> bytes:
+    """The part of a ModelInferResponse that says who answered."""
     return cast(bytes, _generated()[1](model_name=model, model_version=version).SerializeToString())
 
 
 @functools.lru_cache(1024)
-def _outputs(tensors: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
+def outputs_bytes(tensors: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
+    """The part that says what tensors (name, datatype, shape) there are."""
     message = _generated()[1]()
     for name, datatype, shape in tensors:
         message.outputs.add(name=name, datatype=datatype, shape=shape)

@@ -145,7 +145,8 @@ class ModelSpec(Spec):
 
 
 class ImageSpec(Spec):
-    """``kind: Image``. Without ``score`` the models' own flavour answers; without ``base`` it runs on ``local``."""
+    """``kind: Image``. Without ``score`` the models' own flavour answers; without ``base`` (or
+    ``dockerfile``) it runs on ``local``."""
 
     name: ImageName
     models: Annotated[list[Reference], Field(max_length=64)] = Field(default_factory=list)
@@ -157,6 +158,8 @@ class ImageSpec(Spec):
     python: Annotated[StrictStr, Field(pattern=r"^3\.[0-9]{1,2}$")] | None = None
     platform: Literal["linux/amd64", "linux/arm64"] | None = None
     base: StrictStr | None = None
+    dockerfile: Digest | None = None
+    """In place of ``base``: a folder with a ``Dockerfile`` at its top, whose image the image stands on."""
     env: TextMap
     tags: TextMap
     properties: TextMap

@@ -102,6 +102,11 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memory
     return array
 
 
+def dtype_of(datatype: str) -> Any:
+    """numpy's dtype of raw contents that are an array as they are; None of BOOL, BF16, BYTES and what there is not."""
+    return _stored().get(datatype) if datatype not in ("BOOL", "BF16") else None
+
+
 @functools.cache
 def _stored() -> dict[str, Any]:
     """Datatype → numpy's dtype of its raw contents."""

@@ -199,7 +199,7 @@ async def _runnable(ctx: Context, target: str, image: Found, workspace: str) -> 
     """The image, when the target can run it and may. Invalid for one without an operating system where one is needed,
     and for one that nobody signed whom the target trusts; of one that is not built yet the loop finds that out."""
     place = ctx.targets.get(target)
-    if place is not None and place.needs_base and image.base is None:
+    if place is not None and place.needs_base and image.base is None and image.dockerfile is None:
         message = (f"{image.id} has no base, and '{target}' runs containers, which need one: build it with base "
                    "(--base HOST/REPOSITORY:TAG), or deploy it to local")
         raise Invalid(message, code="needs-base", errors=[{"field": "image", "message": message}])

@@ -45,6 +45,7 @@ class Found(BaseModel):
     digest: str | None = None
     models: list[str] = Field(default_factory=list)
     base: str | None = None
+    dockerfile: str | None = None
     reason: str | None = None
 
 

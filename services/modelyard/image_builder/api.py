@@ -6,6 +6,12 @@ nothing could run, a model that no flavour serves and no scoring file comes with
 caller's files or an answer from the package index is found by the build: a ``score.py`` that does not parse or has no
 ``run``, a lock that is not one, a requirement that nobody offers. That image exists; it ends as ``failed`` with the
 reason (file and line where known), and its log tells the rest.
+
+The same request twice is one build as long as that is queued or building, whoever asks and with whatever key: the
+answer is the first one's image, with ``Idempotency-Replayed: true``. The same means every field, tags as well, after
+models and files were looked up. What a build looks up itself (a base's tag, an index) may be another thing tomorrow: so
+the same request after a build is over is the next version. Where nothing has changed, that is made of the same layers
+in a moment, and has the same digest.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from pydantic import BaseModel, Field
 from ..core.attest import ENVELOPE
 from ..core.documents import Ref
 from ..core.specs import ImageSpec, Spec, TextMap
+from ..kernel.idempotency import REPLAYED
 from ..kernel.service import Context
 from ..kernel.web import Call, Route, reply, web
 from . import context as contexts
@@ -69,12 +76,14 @@ class Page(BaseModel):
 
 async def create(ctx: Context, call: Call) -> web.StreamResponse:
     spec = await call.body(ImageSpec)
-    doc = await images.create(ctx, spec, call.workspace, call.idempotency_key)
-    return reply(doc, 202, {"Location": f"/v1/images/{doc.id}"})
+    doc, fresh = await images.create(ctx, spec, call.workspace, call.idempotency_key)
+    headers = {} if fresh else {REPLAYED: "true"}
+    return reply(doc, 202, {"Location": f"/v1/images/{doc.id}", **headers})
 
 
 async def index(ctx: Context, call: Call) -> web.StreamResponse:
-    where = images.where(call.all("name"), call.all("model"), call.all("tag"), call.all("phase"))
+    where = images.where(call.all("name"), call.all("model"), call.all("tag"), call.all("phase"),
+                         call.all("digest"))
     return await call.page(ctx, Image, where)
 
 

@@ -9,35 +9,34 @@ from __future__ import annotations
 import asyncio
 import functools
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..core.errors import BuildFailed, Invalid, NotFound, Unavailable
+from ..core.errors import BuildFailed, Invalid, Unavailable
 from ..core.layout import image_key
-from ..core.requirements import constraint, requirement
 from ..core.signatures import Signature
 from ..kernel.cache import Cache
 from ..kernel.service import Context
-from . import parts, serving, sources, store, uv
+from . import parts, serving, sources, store
 from .bases import Base
 from .config import MANIFEST, about, digest_of, encode, labels, manifest, oci_config
+from .dockerfiles import Dockerfiles
 from .environment import Environments, told
 from .keys import signer
-from .locks import EMPTY, Lock, read_lock
+from .locks import Lock, read_lock
 from .log import BuildLog
 from .memo import Memo, key
 from .model import Image
 from .provenance import Origin, statement
 from .pull import Pull
 from .referrers import NAMES
+from .resolve import Resolver
 from .sbom import Contents, sbom
-from .sdists import Sdists, by_name
+from .sdists import Sdists
 from .tarring import Layer
 
-RESOLVED_S = 24 * 3600
 SERVER = Path(__file__).parents[1] / "scoring" / "requirements.txt"
 T = TypeVar("T")
 
@@ -82,7 +81,7 @@ class Build:
         self.cache = Cache()
         self.memo = Memo(ctx.data / "image-builder" / "memo", self.cache)
         self.places = [parts.Place.of(m, doc.score is not None) for m in doc.inputs]
-        self.needs = self.flavours()
+        self.needs = parts.needs(self.places)
         self.server: Sequence[str] = ()
         self.packages: list[dict[str, str]] = []
         self.layers: list[Layer] = []
@@ -99,7 +98,11 @@ class Build:
                       f"models: {', '.join(doc.models) or 'none'}")
         self.server = await asyncio.to_thread(server_requirements)
         if doc.base is not None:
-            await self.stand_on(doc.base)
+            self.stand_on(await Pull(self.ctx, doc, self.log, self.memo, self.scratch.folder).base(doc.base))
+        elif doc.dockerfile is not None:
+            context = await self.bring(doc.dockerfile, "the Dockerfile's folder", "dockerfile")
+            own = Dockerfiles(self.ctx, doc, self.log, self.memo, self.scratch.folder)
+            self.stand_on(await own.base(doc.dockerfile, context))
         lock = await self.environment(await self.locked(await self.fetch()))
         pieces = await self.work(self.pieces)
         self.layers += await store.together([self.added(made) for made in pieces])
@@ -112,9 +115,9 @@ class Build:
         """They stand before the last one."""
         return self.layers[len(self.layers) - 1 - len(self.places):-1]
 
-    async def stand_on(self, name: str) -> None:
+    def stand_on(self, base: Base) -> None:
         """The base's layers come first, and its Python decides where the caller did not."""
-        self.base = await Pull(self.ctx, self.doc, self.log, self.memo, self.scratch.folder).base(name)
+        self.base = base
         self.doc = self.doc.model_copy(update={"python": self.base.python})
         self.layers += self.base.layers
 
@@ -169,51 +172,12 @@ class Build:
     # -- dependencies ---------------------------------------------------------------------------------------------
 
     async def locked(self, given: Lock | None) -> Lock:
-        """The lock of this image: given, stored by an earlier try of this build, or resolved now."""
-        where = image_key(self.doc.workspace, self.doc.id, "lock")
-        lock = given or await self.stored_lock(where)
-        if lock is None:
-            lock = await self.resolved()
-        await self.ctx.blobs.put(where, store.Chunks(lock.text.encode()))
-        names = ", ".join(p.text for p in lock.pins)
-        self.log.note(f"locked {len(lock.pins)} packages: {names}" if lock.pins else EMPTY)
+        """The lock of this image, and what is to be said of it."""
+        resolver = Resolver(self.ctx, self.doc, self.log, self.memo, self.scratch.folder, self.sdists)
+        lock = await resolver.lock(given, {*self.server, *self.needs})
         if any(p.kind == "pytorch" for p in self.places) and any(p.name.startswith("nvidia-") for p in lock.pins):
             self.log.note(serving.CUDA)
         return lock
-
-    async def stored_lock(self, where: str) -> Lock | None:
-        try:
-            raw = b"".join([chunk async for chunk in self.ctx.blobs.get(where)])
-        except NotFound:
-            return None
-        return read_lock(raw.decode())[0]
-
-    async def resolved(self) -> Lock:
-        doc = self.doc
-        wanted = sorted(parts.once({*self.server, *self.needs, *(requirement(r)[0] for r in doc.requirements)}))
-        bounds = sorted({constraint(c)[0] for c in doc.constraints})
-        name = key("resolved", wanted, doc.python_version, doc.platform, uv.index(), *([bounds] if bounds else ()))
-        for found in (await self.memo.get(name), await self.memo.shared(name)):
-            if found and 0 <= time.time() - found["at"] < RESOLVED_S:
-                await self.log.line("requirements: the same as of a build of the last 24 hours; its lock is used")
-                return read_lock(found["lock"])[0]
-        await self.log.line(f"requirements: {', '.join(wanted)}"
-                            + (f"; within {', '.join(bounds)}" if bounds else ""))
-        folder, sdists = await self.scratch.folder(), self.sdists
-        lock = sdists.locked(await sdists.with_them(
-            lambda links: uv.resolve(wanted, bounds, doc.python_version, doc.platform, folder, self.log, links),
-            by_name([*wanted, *bounds])))
-        await self.memo.put(name, {"at": time.time(), "lock": lock.text}, shared=True)
-        return lock
-
-    def flavours(self) -> set[str]:
-        """What the models need where no scoring file serves them."""
-        needs: set[str] = set()
-        for place in self.places:
-            needs |= parts.NEEDS.get(place.kind, set())
-            if place.kind in parts.PINS and place.model.framework_version:
-                needs.add(parts.PINS[place.kind].format(place.model.framework_version.partition("+")[0]))
-        return needs
 
     async def environment(self, lock: Lock) -> Lock:
         """The layers of the locked packages, from an earlier build or made now; the lock as it is to be kept."""

@@ -12,12 +12,14 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from ..core.errors import Conflict, NotFound
-from ..core.layout import image_key
+from ..core.layout import artifact_key, image_key
 from ..kernel.service import Context
 from .bases import LAYOUT, TITLE
 from .model import Image
-from .tarring import END, TAR_GZ, Entry, tar
+from .tarring import END, TAR_GZ, Entry, header, padding, tar
 
+OWN_DOCKERFILE = "dockerfile.tar"
+"""The folder with the Dockerfile that a user brought, as it was brought."""
 BASE_DIGEST = "org.opencontainers.image.base.digest"
 
 
@@ -29,6 +31,9 @@ async def context(ctx: Context, doc: Image) -> AsyncIterator[bytes]:
     text = dockerfile(doc, json.loads(config)["config"], (parsed.get("annotations") or {}).get(BASE_DIGEST))
     for piece in tar([Entry("Dockerfile", text.encode()), Entry("requirements.lock", lock)], end=b""):
         yield piece
+    if doc.dockerfile is not None:
+        async for piece in _beside(ctx, artifact_key(doc.workspace, doc.dockerfile)):
+            yield piece
     for layer in parsed["layers"]:
         if not layer["annotations"]["io.modelyard.layer"].startswith(TITLE):
             async for piece in _open_end(_plain(ctx, doc, layer)):
@@ -42,6 +47,17 @@ async def manifest(ctx: Context, doc: Image) -> tuple[bytes, str]:
     if found is None:
         raise Conflict(f"{doc.id} is {doc.phase}; it can be had once it is ready", code="not-ready")
     return found
+
+
+async def _beside(ctx: Context, blob: str) -> AsyncIterator[bytes]:
+    """The user's own context as one more file. NotFound when it is gone."""
+    known = await ctx.blobs.stat(blob)
+    if known is None:
+        raise NotFound("the folder of the Dockerfile that the image stands on is gone")
+    yield header(OWN_DOCKERFILE, known.size)
+    async for chunk in ctx.blobs.get(blob):
+        yield chunk
+    yield padding(known.size)
 
 
 def dockerfile(doc: Image, config: Mapping[str, Any], base_digest: str | None) -> str:
@@ -67,6 +83,8 @@ def _quoted(value: str) -> str:
 
 def _from(doc: Image, digest: str | None) -> list[str]:
     """The base, as other builders write it; they know a layout by a name that they are given."""
+    if doc.dockerfile is not None:
+        return [f"# the base is built of {OWN_DOCKERFILE}: docker build --tag base - < {OWN_DOCKERFILE}", "FROM base"]
     if doc.base is None:
         return [f"FROM python:{doc.python}-slim"]
     if doc.base.startswith(LAYOUT):

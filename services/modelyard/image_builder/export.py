@@ -58,7 +58,7 @@ def archive(images: ImageStore, image: Image, manifest: tuple[bytes, str], form:
     """The tar of an image. Invalid for an unknown form; ``needs-base`` for an engine's tar of an image without one."""
     if form not in FORMS:
         raise Invalid(f"an image is exported as {' or '.join(FORMS)}, not as '{form[:40]}'", field="format")
-    if form == "docker" and image.base is None:
+    if form == "docker" and image.base is None and image.dockerfile is None:
         raise Invalid(f"{image.id} has no base, so no engine can run it: build it with base (--base "
                       "HOST/REPOSITORY:TAG)", code="needs-base", field="format")
     body, kind = manifest

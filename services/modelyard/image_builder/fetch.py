@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from ..core.errors import BuildFailed
+from .uv import NEAR
 
 LARGEST = 512 << 20
 SILENT_S, WHOLE_S = 60.0, 600.0
@@ -81,13 +82,21 @@ def _remote(url: str, parts: SplitResult, environment: Mapping[str, str]) -> Ite
     if found := _credentials(parts, environment):  # not for where a redirect leads
         asked.add_unredirected_header("authorization", "Basic " + base64.b64encode(":".join(found).encode()).decode())
     try:
-        with urllib.request.urlopen(asked, timeout=SILENT_S, context=ssl.create_default_context()) as answer:
+        with _opener(host).open(asked, timeout=SILENT_S) as answer:
             while chunk := answer.read(CHUNK):
                 yield chunk
     except urllib.error.HTTPError as exc:
         raise BuildFailed(f"the package index answers {exc.code} to {parts.path}: {exc.reason}") from exc
     except OSError as exc:
         raise BuildFailed(f"the package index does not answer: {exc}") from exc
+
+
+def _opener(host: str) -> urllib.request.OpenerDirector:
+    """Through the proxy that uv goes through, and past it where uv goes past it."""
+    found, name = urllib.request.getproxies_environment(), urlsplit(f"//{host}").hostname
+    proxies = {scheme: proxy for scheme in ("http", "https") if (proxy := found.get(scheme) or found.get("all"))}
+    return urllib.request.build_opener(urllib.request.ProxyHandler({} if name in NEAR else proxies),
+                                       urllib.request.HTTPSHandler(context=ssl.create_default_context()))
 
 
 def _credentials(parts: SplitResult, environment: Mapping[str, str]) -> tuple[str, str] | None:

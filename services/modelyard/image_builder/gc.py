@@ -23,9 +23,9 @@ from typing import Any, Protocol
 from ..core.errors import Invalid
 from ..ports.images import ImageStore
 from ..ports.store import DocumentStore
-from .assemble import RESOLVED_S
 from .model import Image
 from .referrers import OF
+from .resolve import RESOLVED_S
 
 DIED_S = 24 * 3600.0
 ATTACHED = re.compile(r"^sha256-[0-9a-f]{64}(?:\.(?P<version>[0-9]+)\.[a-z]+)?$")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..core.documents import Ref, Where
+from ..core.documents import DIGEST, Ref, Where
 from ..core.errors import Conflict, InUse, Invalid, ModelyardError, NotFound
 from ..core.events import Fact
 from ..core.specs import ImageSpec
@@ -16,7 +16,7 @@ from ..kernel.service import Context
 from . import model, request, sources
 from .model import Image
 
-TRIES = 1000
+TRIES, PAGE = 1000, 100
 HOLDERS = {"deployment": ("deployer", "/v1/deployments/")}
 
 
@@ -37,32 +37,53 @@ async def find(ctx: Context, ref: str, workspace: str) -> Image:
     raise NotFound(f"there is no ready image '{ref}'", kind="image", id=ref)
 
 
-async def create(ctx: Context, spec: ImageSpec, workspace: str, key: str | None) -> Image:
+async def create(ctx: Context, spec: ImageSpec, workspace: str, key: str | None) -> tuple[Image, bool]:
     """The next version, ``queued``, its models held as far as the registry answers; the loop does the rest.
-    ``key`` seen before: the image made by it."""
+    ``key`` seen before: the image made by it. The same request still being built: that image. Whether it is new."""
     if key is not None:
         done = await ctx.store.find(Image, {"made_by": key}, workspace=workspace, limit=1, tombstones=True)
         if done:
-            return done[0]
+            return done[0], False
     found = await request.resolve(ctx, spec, workspace)
-    doc = await _numbered(ctx, spec, found, workspace, key)
-    with suppress(ModelyardError):  # the loop asks again, and says what came of it
-        await sources.hold(ctx, doc)
-    ctx.wake("build")
-    return doc
+    doc, fresh = await _numbered(ctx, spec, found, workspace, key)
+    if fresh:
+        with suppress(ModelyardError):  # the loop asks again, and says what came of it
+            await sources.hold(ctx, doc)
+        ctx.wake("build")
+    return doc, fresh
 
 
-async def _numbered(ctx: Context, spec: ImageSpec, found: request.Resolved, workspace: str, key: str | None) -> Image:
+async def _numbered(ctx: Context, spec: ImageSpec, found: request.Resolved, workspace: str,
+                    key: str | None) -> tuple[Image, bool]:
     for _ in range(TRIES):
+        # the number first: who asks for the same after this look takes it too, and then one of us looks again
         top = await ctx.store.find(Image, {"name": spec.name}, workspace=workspace, order="-version", limit=1,
                                    tombstones=True)
         new = model.requested(spec, found.models, workspace=workspace, version=top[0].version + 1 if top else 1,
                               python=found.python, platform=found.platform, now=ctx.now(), made_by=key)
+        if top and (same := await _under_way(ctx, new)):
+            return same, False
         try:
-            return await ctx.commit(new, Fact("image.requested"))
+            return await ctx.commit(new, Fact("image.requested")), True
         except Conflict:  # another request took this version
             continue
     raise Conflict(f"too many requests for images '{spec.name}' at once; try again")
+
+
+async def _under_way(ctx: Context, new: Image) -> Image | None:
+    """An image of the same request whose build is not over. ``queued`` is looked at before ``building``, which is the
+    way that images go."""
+    for phase in ("queued", "building"):
+        where, after = {"name": new.name, "phase": phase, **({"models": new.models[0]} if new.models else {})}, None
+        while page := await ctx.store.find(Image, where, workspace=new.workspace, order="version", after=after,
+                                           limit=PAGE):
+            for doc in page:
+                if not doc.deleting and model.alike(doc, new):
+                    return doc
+            if len(page) < PAGE:
+                break
+            after = (page[-1].version, page[-1].id)
+    return None
 
 
 async def change(ctx: Context, doc: Image, given: Any, check: Any) -> Image:
@@ -152,9 +173,14 @@ def _hold(kind: str, holder: str) -> str:
     return f"{kind}/{holder}"
 
 
-def where(names: Sequence[str], models: Sequence[str], tags: Sequence[str], phases: Sequence[str]) -> Where:
+def where(names: Sequence[str], models: Sequence[str], tags: Sequence[str], phases: Sequence[str],
+          digests: Sequence[str] = ()) -> Where:
     """The filter of a list. ``models``: an exact version, or a name for any version of it. Invalid."""
     out: dict[str, Any] = {}
+    if digests:
+        if not DIGEST.match(digests[-1]):
+            raise Invalid("list images by their whole digest: sha256: and 64 hexadecimal digits", field="digest")
+        out["digest"] = digests[-1]
     if names:
         out["name"] = names[-1]
     if phases:

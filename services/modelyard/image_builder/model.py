@@ -56,7 +56,7 @@ class Image(Document):
 
     kind: ClassVar[str] = "image"
     indexed: ClassVar[frozenset[str]] = frozenset(
-        {"name", "version", "phase", "models", "model_names", "tags", "properties"})
+        {"name", "version", "phase", "digest", "models", "model_names", "tags", "properties"})
     unpublished: ClassVar[frozenset[str]] = frozenset({"samples"})
     hidden: ClassVar[frozenset[str]] = frozenset({"model_names", "inputs", "holds", "deleting"})
 
@@ -71,6 +71,7 @@ class Image(Document):
     """The minor version; None until the base was looked into, where the caller left it to that."""
     platform: str
     base: str | None = None
+    dockerfile: str | None = None
     env: dict[str, str] = Field(default_factory=dict)
     tags: dict[str, str] = Field(default_factory=dict)
     properties: dict[str, str] = Field(default_factory=dict)
@@ -119,6 +120,15 @@ def requested(spec: ImageSpec, inputs: Sequence[ModelInput], *, workspace: str, 
         models=[m.id for m in inputs], model_names=[m.name for m in inputs], inputs=list(inputs),
         created=now, updated=now, due=now, made_by=made_by,
         conditions=[_condition("Built", "Unknown", "Queued", "waiting for a builder", now)])
+
+
+def alike(one: Image, other: Image) -> bool:
+    """Whether both were asked for in the same words, of the same models and files: what a build looks up itself (the
+    tag of a base, an index) counts as it is written."""
+    def asked(doc: Image) -> dict[str, Any]:
+        return doc.model_dump(include={*ImageSpec.model_fields, "inputs"})
+
+    return asked(one) == asked(other)
 
 
 def _condition(type_: str, status: Any, reason: str, message: str, now: datetime) -> Condition:

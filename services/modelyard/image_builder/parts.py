@@ -151,6 +151,16 @@ class Place:
         return FRAMEWORKS.get(self.kind, self.model.framework)
 
 
+def needs(places: Iterable[Place]) -> set[str]:
+    """What the models need where no scoring file serves them."""
+    out: set[str] = set()
+    for place in places:
+        out |= NEEDS.get(place.kind, set())
+        if place.kind in PINS and place.model.framework_version:
+            out.add(PINS[place.kind].format(place.model.framework_version.partition("+")[0]))
+    return out
+
+
 def model_layer(place: Place, source: Source) -> Made:
     """An uncompressed tar: weights do not shrink, and an unchanged part stays findable. Blocking."""
     root = f"{HOME}/{place.path}"

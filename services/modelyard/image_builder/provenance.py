@@ -22,7 +22,8 @@ from .tarring import GZIP_LEVEL
 
 BUILD_TYPE = "urn:modelyard:image-build:v1"
 BUILDER = "urn:modelyard:image-builder"
-ASKED = ("models", "score", "requirements", "constraints", "lock", "python", "platform", "base", "env")
+ASKED = ("models", "score", "requirements", "constraints", "lock", "python", "platform", "base",
+         "dockerfile", "env")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def _materials(image: Image, holds: Contents) -> list[dict[str, Any]]:
     out = [{"name": "model", "uri": f"urn:modelyard:model:{m.id}", "digest": _sha(m.artifact)} for m in image.inputs]
     if image.score:
         out.append({"name": "score", "digest": _sha(image.score)})
+    if image.dockerfile:
+        out.append({"name": "dockerfile", "digest": _sha(image.dockerfile)})
     if holds.base is not None:
         out.append({"name": "base", "uri": f"urn:modelyard:base:{holds.base.name}", "digest": _sha(holds.base.digest)})
     out.append({"name": "lock", "mediaType": "text/plain", "digest": _sha(holds.lock_digest)})

@@ -9,7 +9,7 @@ import json
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,14 +55,7 @@ class Pull:
                 known = await self._known(digest) or await self._bring(source, place, digest, manifest, name)
             finally:
                 await source.close()
-        files, env = known["files"], known["env"]
-        for warning in bases.fits(files, name):
-            await self.log.line(f"warning: {warning}")
-        python, path = bases.interpreter(files, env, self.doc.python, name)
-        layers = store.unpack(known["layers"])
-        await self.log.line(f"base {name}: {digest[:19]}, {len(layers)} layers, "
-                            f"{sum(layer.size for layer in layers) / 1e6:.1f} MB, Python {python} at {path}")
-        return Base(name, digest, tuple(layers), tuple(env), tuple(known["history"]), python, path)
+        return await stands_on(self.doc, self.log, name, digest, known)
 
     async def _manifest(self, source: ImageStore, place: Reference, name: str) -> tuple[str, dict[str, Any]]:
         """Of the image for our platform."""
@@ -101,10 +94,7 @@ class Pull:
 
         made = await store.together([
             one(n, d, diff_id) for n, (d, diff_id) in enumerate(zip(manifest["layers"], diff_ids, strict=True))])
-        found = {
-            "layers": store.pack([layer for layer, _ in made]), "files": bases.together(files for _, files in made),
-            "env": [e for e in config.get("config", {}).get("Env") or () if isinstance(e, str) and "=" in e],
-            "history": [{k: h[k] for k in KEPT_HISTORY if k in h} for h in config.get("history") or ()]}
+        found = found_out([layer for layer, _ in made], (files for _, files in made), config)
         await self.memo.put(key("base", FORMAT, digest), found)
         return found
 
@@ -149,6 +139,26 @@ class Pull:
         return Layer(f"{bases.TITLE}{digest[7:19]}", digest, diff_id, size, kind), files
 
 
+def found_out(layers: Sequence[Layer], files: Iterable[Files], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a base decides something, as the memo keeps it. ``config`` is the base's own."""
+    return {
+        "layers": store.pack(layers), "files": bases.together(files),
+        "env": [e for e in (config.get("config") or {}).get("Env") or () if isinstance(e, str) and "=" in e],
+        "history": [{k: h[k] for k in KEPT_HISTORY if k in h} for h in config.get("history") or ()]}
+
+
+async def stands_on(doc: Image, log: BuildLog, name: str, digest: str, known: Mapping[str, Any]) -> Base:
+    """The base of which this is ``found_out``. BuildFailed for one that cannot be built on."""
+    files, env = known["files"], known["env"]
+    for warning in bases.fits(files, name):
+        await log.line(f"warning: {warning}")
+    python, path = bases.interpreter(files, env, doc.python, name)
+    layers = store.unpack(known["layers"])
+    await log.line(f"base {name}: {digest[:19]}, {len(layers)} layers, "
+                   f"{sum(layer.size for layer in layers) / 1e6:.1f} MB, Python {python} at {path}")
+    return Base(name, digest, tuple(layers), tuple(env), tuple(known["history"]), python, path)
+
+
 def _write(out: BinaryIO, chunk: bytes) -> None:
     """All of it: a file without a buffer may take less when the disk is full."""
     rest = memoryview(chunk)
@@ -167,18 +177,23 @@ def owners(name: str) -> Iterator[None]:
 
 def look_into(path: Path, kind: str) -> tuple[Files, str]:
     """What of a layer decides something, and the digest of its tar. Blocking."""
+    with path.open("rb") as raw:
+        return looked(cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if kind == TAR_GZ else raw)
+
+
+def looked(layer: BinaryIO) -> tuple[Files, str]:
+    """As ``look_into``, of a tar that is read from its beginning to its end."""
     there: dict[str, str] = {}
     gone: list[str] = []
     try:
-        with path.open("rb") as raw:
-            plain = _Watched(cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if kind == TAR_GZ else raw)
-            with tarfile.open(fileobj=plain, mode="r|") as archive:  # type: ignore[call-overload]
-                for member in archive:
-                    _note(member, there, gone)
-                    if len(there) + len(gone) > MOST_TOLD:
-                        raise BuildFailed("a layer of the base takes too many files away, or has too many Pythons")
-            while plain.read(CHUNK):
-                pass
+        plain = _Watched(layer)
+        with tarfile.open(fileobj=plain, mode="r|") as archive:  # type: ignore[call-overload]
+            for member in archive:
+                _note(member, there, gone)
+                if len(there) + len(gone) > MOST_TOLD:
+                    raise BuildFailed("a layer of the base takes too many files away, or has too many Pythons")
+        while plain.read(CHUNK):
+            pass
     except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile, ValueError) as exc:
         raise BuildFailed(f"a layer of the base is not a tar archive: {exc}") from exc
     return Files(there, gone), f"sha256:{plain.seen.hexdigest()}"

@@ -15,6 +15,7 @@ from ..kernel.service import Context
 from . import sources
 from .bases import reference
 from .checks import flavour
+from .dockerfiles import NO_BUILDER
 from .model import ModelInput
 
 MACHINES = {"x86_64": "linux/amd64", "amd64": "linux/amd64", "aarch64": "linux/arm64", "arm64": "linux/arm64"}
@@ -66,8 +67,10 @@ async def resolve(ctx: Context, spec: ImageSpec, workspace: str) -> Resolved:
     if spec.lock and (spec.requirements or spec.constraints):
         wrong("lock", "give requirements or a lock, not both: a lock is used as it is")
     platform = spec.platform or own_platform()
-    python = spec.python or (own_python() if spec.base is None else None)
+    python = spec.python or (own_python() if spec.base is None and spec.dockerfile is None else None)
     _base(spec, python, platform, wrong)
+    if spec.dockerfile is not None and ctx.dockerfiles is None:
+        wrong("dockerfile", NO_BUILDER)
     if errors:
         raise Invalid("; ".join(f"{e['field']}: {e['message']}" for e in errors), errors=errors)
     return Resolved([m for m in models if m is not None], python, platform)
@@ -101,7 +104,7 @@ async def _model(ctx: Context, ref: str, workspace: str) -> ModelInput | str:
 
 
 async def _artifacts(ctx: Context, spec: ImageSpec, workspace: str, wrong: Wrong) -> None:
-    for field, digest in (("score", spec.score), ("lock", spec.lock)):
+    for field, digest in (("score", spec.score), ("lock", spec.lock), ("dockerfile", spec.dockerfile)):
         if digest and not await sources.has_artifact(ctx, digest, workspace):
             wrong(field, f"{digest} is not here; upload it first: PUT /v1/artifacts/{digest}")
 
@@ -116,6 +119,10 @@ def _served(spec: ImageSpec, models: list[ModelInput | None], wrong: Wrong) -> N
 
 
 def _base(spec: ImageSpec, python: str | None, platform: str, wrong: Wrong) -> None:
+    if spec.base is not None and spec.dockerfile is not None:
+        wrong("dockerfile", "give a base or a Dockerfile, not both: the Dockerfile's FROM names what it stands on")
+    if spec.dockerfile is not None:
+        return
     if spec.base is not None:
         try:
             reference(spec.base)

@@ -34,8 +34,9 @@ START_S = 30.0
 RESULT = re.compile(r"[A-Za-z0-9_][\w.+!-]{0,250}", re.ASCII)
 HELP = ("code that is not ours runs in a sandbox only, and this machine does not let us make one ({why}); let the user "
         "who runs the image builder make user namespaces (sysctl user.max_user_namespaces=10000, "
-        "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in a container a seccomp "
-        "profile that allows unshare and mount), or give wheels: UV_FIND_LINKS names a folder of them")
+        "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in a container also "
+        "security_opt: seccomp=infra/compose/seccomp.json, systempaths=unconfined and apparmor=unconfined), or give "
+        "wheels: UV_FIND_LINKS names a folder of them")
 
 
 @dataclass(frozen=True)

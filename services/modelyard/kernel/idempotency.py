@@ -30,7 +30,7 @@ from .observe import fields
 from .service import Change, Context, Loop
 
 log = logging.getLogger(__name__)
-HEADER = "Idempotency-Key"
+HEADER, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
 KEPT = timedelta(hours=24)
 LEASE = timedelta(seconds=15)
 RENEW_S = 4.0
@@ -67,7 +67,7 @@ async def once(ctx: Context, call: Call, handle: Callable[[], Awaitable[web.Stre
     record = await _reserve(ctx, call, given[0], _fingerprint(call, body))
     if record.status:
         return web.Response(status=record.status, body=base64.b64decode(record.body),
-                            headers={**record.headers, "Idempotency-Replayed": "true"})
+                            headers={**record.headers, REPLAYED: "true"})
     call.idempotency_key = record.token
     return await _held(ctx, call, record, handle)
 

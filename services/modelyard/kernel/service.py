@@ -12,6 +12,7 @@ from ..core.documents import Document, Where
 from ..core.errors import AlreadyApplied, Conflict, Invalid, NotFound
 from ..core.events import Envelope, Fact, announce
 from ..ports.blobs import BlobStore, CaptureGrants
+from ..ports.builders import DockerfileBuilder
 from ..ports.images import ImageStore
 from ..ports.store import DocumentStore
 from ..ports.targets import DeploymentTarget
@@ -49,6 +50,8 @@ class Context:
     """``wake("build")``: somebody has work for that loop, look now."""
     open_images: Callable[[str], Awaitable[ImageStore]] = no_other_images
     """Opens another image store than ``images`` by its URL, to read from; the caller closes it."""
+    dockerfiles: DockerfileBuilder | None = None
+    """Builds the Dockerfiles that users bring, where the settings name such a builder."""
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
     changes: Changes = field(default_factory=Changes)
 

@@ -56,6 +56,8 @@ class DocumentStore(Port):
         during inserts misses nothing that was there when it began and repeats nothing.
         Times compare as RFC 3339 text. ``workspace=None`` crosses workspaces: loops only.
         Documents without the order field are left out when it is not ``id``. Uses indexes, never a scan.
+        A document that this version cannot read is left out, logged by its key and counted
+        (``modelyard_documents_unreadable``); ``limit=1`` asks for one, and raises Invalid (``unreadable``) as ``get``.
         """
 
     @abstractmethod

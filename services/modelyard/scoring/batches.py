@@ -13,9 +13,10 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from ..core.errors import ModelyardError
-from .calls import WrongRows
+from .calls import Served, Writer, WrongRows
 from .context import CURRENT, Current
-from .jobs import QUEUED, Batch, Job, Outcome, late
+from .jobs import QUEUED, Batch, Job, failed, late
+from .parts import Rows
 from .runners import Runner, log_failure
 
 
@@ -44,13 +45,16 @@ def plan(runner: Runner, jobs: Iterable[Job], max_rows: int) -> list[Batch]:
 def _prepare(runner: Runner, job: Job) -> Hashable:
     """Reads a call and makes its part; what is wrong with it is its outcome."""
     try:
-        job.call.codec.read(job.asked)
-        job.part = runner.prepare(job.asked)
-        return job.part.key
+        part = runner.known(job.asked)
+        if part is None:
+            job.call.codec.read(job.asked)
+            part = runner.prepare(job.asked)
+        job.part = part
+        return part.key
     except ModelyardError as exc:
-        job.outcome = Outcome(exc)
+        job.outcome = failed(exc)
     except BaseException:  # noqa: BLE001 - one call's failure, whatever it is, must not end the thread
-        job.outcome = Outcome(log_failure())
+        job.outcome = failed(log_failure())
     return None
 
 
@@ -87,11 +91,11 @@ def _alone(runner: Runner, batch: Batch, job: Job) -> None:
         began = time.perf_counter_ns()
         result = runner.run(job.asked) if job.part is None else runner.one(job.part)
         _ran(batch, 1, began)
-        job.outcome = Outcome(None, *job.call.codec.write(job.asked, result, job.served))
+        job.outcome = (None, *job.call.codec.write(job.asked, result, job.served))
     except ModelyardError as exc:
-        job.outcome = Outcome(exc)
+        job.outcome = failed(exc)
     except BaseException:  # noqa: BLE001 - as above
-        job.outcome = Outcome(log_failure())
+        job.outcome = failed(log_failure())
 
 
 async def execute_awaiting(runner: Runner, batch: Batch) -> None:
@@ -125,12 +129,12 @@ async def _alone_awaiting(runner: Runner, batch: Batch, job: Job) -> None:
         began = time.perf_counter_ns()
         result = await (runner.run(job.asked) if job.part is None else runner.one(job.part))
         _ran(batch, 1, began)
-        job.outcome = Outcome(None, *job.call.codec.write(job.asked, result, job.served))
+        job.outcome = (None, *job.call.codec.write(job.asked, result, job.served))
     except ModelyardError as exc:
-        job.outcome = Outcome(exc)
+        job.outcome = failed(exc)
     except BaseException as exc:  # noqa: BLE001 - as above
         _raise_if_cancelled(exc)
-        job.outcome = Outcome(log_failure())
+        job.outcome = failed(log_failure())
 
 
 def _raise_if_cancelled(exc: BaseException) -> None:
@@ -150,17 +154,18 @@ def _wanted(jobs: Sequence[Job]) -> list[Job]:
         if job.queue_ns < 0:
             job.queue_ns = ticks - job.arrived
         if now >= job.deadline:
-            job.outcome = Outcome(late())
+            job.outcome = failed(late())
         else:
             wanted.append(job)
     return wanted
 
 
 def _enter(jobs: Sequence[Job]) -> Any:
-    """What user code may know of the call, or of the calls, that it is in."""
+    """What user code may know of the call, or of the calls, that it is in. A pickled model may be user code too."""
     first = jobs[0]
-    rows = tuple((job.prediction_id, job.part.rows) for job in jobs if job.part is not None) if len(jobs) > 1 else ()
-    return CURRENT.set(Current(first.prediction_id, first.call.request_id, first.served.model, rows))
+    rows = tuple([(job.prediction_id, job.part.rows) for job in jobs if job.part is not None]) \
+        if len(jobs) > 1 else ()
+    return CURRENT.set(Current(first.prediction_id, first.request_id, first.served.model, rows))
 
 
 def _ran(batch: Batch, calls: int, began: int) -> None:
@@ -182,15 +187,38 @@ def _given(batch: Batch, jobs: Sequence[Job], results: Any, began: int) -> bool:
     _ran(batch, 0 if isinstance(results, BaseException) else len(jobs), began)
     if isinstance(results, WrongRows):
         for job in jobs:
-            job.outcome = Outcome(results)
+            job.outcome = failed(results)
         return True
     if isinstance(results, BaseException):
         return False
+    if type(results) is Rows:
+        _write(jobs, results)
+        return True
     for job, result in zip(jobs, results, strict=True):
         try:
-            job.outcome = Outcome(None, *job.call.codec.write(job.asked, result, job.served))
+            job.outcome = (None, *job.call.codec.write(job.asked, result, job.served))
         except ModelyardError as exc:
-            job.outcome = Outcome(exc)
+            job.outcome = failed(exc)
         except BaseException:  # noqa: BLE001 - a result may hold anything, also what raises when it is looked at
-            job.outcome = Outcome(log_failure())
+            job.outcome = failed(log_failure())
     return True
+
+
+def _write(jobs: Sequence[Job], rows: Rows) -> None:
+    """As above, of arrays: what calls of one codec have in common is looked at once."""
+    served: Served | None = None
+    writer: Writer | None = None
+    codec = None
+    for job, (start, end) in zip(jobs, rows.edges, strict=True):
+        try:
+            if job.served is not served or job.call.codec is not codec:
+                served, codec = job.served, job.call.codec
+                writer = codec.writer(rows, served)
+            written = writer(job.asked, start, end) if writer is not None else None
+            if written is None:
+                written = job.call.codec.write(job.asked, rows.piece(start, end), job.served)
+            job.outcome = None, written[0], written[1]
+        except ModelyardError as exc:
+            job.outcome = failed(exc)
+        except BaseException:  # noqa: BLE001 - as above
+            job.outcome = failed(log_failure())

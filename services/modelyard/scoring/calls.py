@@ -9,10 +9,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.errors import Invalid, ModelyardError, NotFound, TooLarge, Unavailable
 from ..core.tensors import Tensor
+
+if TYPE_CHECKING:
+    from .heads import Head
+    from .parts import Rows
 
 
 class QueueFull(Unavailable):
@@ -81,6 +85,8 @@ class Asked:
     raw: bool = True
     wire: Any = None
     """The codec's own: what it needs to finish reading, and to answer in kind."""
+    head: Head | None = None
+    """What is known of requests that begin as this one does; ``wire`` is its bytes then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +98,12 @@ class Served:
     model: str
 
 
+Writer = Callable[[Asked, int, int], tuple[bytes, str] | None]
+"""As ``Codec.write``, of the rows from one number to another; None: this one is to be written by itself."""
+
+
 class Codec(ABC):
-    """Between wire bytes and ``Asked``, results and wire bytes. One for each protocol; stateless."""
+    """Between wire bytes and ``Asked``, results and wire bytes. One for each protocol; keeps nothing of a call."""
 
     @abstractmethod
     def open(self, call: Call) -> Asked:
@@ -106,6 +116,10 @@ class Codec(ABC):
     @abstractmethod
     def write(self, asked: Asked, result: Any, served: Served) -> tuple[bytes, str]:
         """The answer's wire bytes and their content type; ``result`` as the runner returned it."""
+
+    def writer(self, rows: Rows, served: Served) -> Writer | None:
+        """What writes the answers that one prediction gave, for codecs that can do it faster than one by one."""
+        return None
 
     def write_error(self, call: Call, error: ModelyardError) -> tuple[bytes, str]:
         """A failure's wire bytes; empty where the protocol carries it in headers."""
@@ -134,17 +148,16 @@ class Call:
     """The header that ``Plane.sampling_header`` names."""
 
 
-@dataclass(slots=True)
-class Answer:
-    """What the transport sends. ``error`` is None when ``status`` is OK."""
+class Answer(Protocol):
+    """What the transport sends. ``error`` is None when ``status`` is OK; ``model`` is "" of a refused call."""
 
     body: bytes
     body_type: str
     status: str
     request_id: str
     prediction_id: str
-    model: str = ""
-    error: ModelyardError | None = None
+    model: str
+    error: ModelyardError | None
 
 
 class Plane(ABC):

@@ -10,7 +10,6 @@ import contextlib
 import os
 import threading
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.segments import COUNTS, END, FORMAT, pack_json
 from .records import Records
 from .sampling import Sampler
-from .spool import LiveSegment, sync_folder, used_bytes
+from .spool import LiveSegment, in_children, sync_folder, used_bytes
 from .tally import Finished, Tally, fitting
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class CaptureLog:
             log._flushed = time.monotonic()
             log._rotate()
             log._rotate()
-        _fork_safe(log)
+        in_children(log, CaptureLog._after_fork)
         log._ticker.start()
         return log
 
@@ -295,14 +294,3 @@ class CaptureLog:
         live, self._live, self._next = self._live, None, 0
         if live is not None:
             live.abandon()
-
-
-def _fork_safe(log: CaptureLog) -> None:
-    known = weakref.ref(log)
-
-    def let_go() -> None:
-        mine = known()
-        if mine is not None:
-            mine._after_fork()
-
-    os.register_at_fork(after_in_child=let_go)

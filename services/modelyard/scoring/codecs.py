@@ -19,9 +19,11 @@ from ..core.inference import (
     streamed,
     to_json_parts,
 )
-from . import results
+from ..core.tensors import Tensor
+from . import heads, results
 from .arguments import parse
-from .calls import Asked, Call, Codec, Served, statuses
+from .calls import Asked, Call, Codec, Served, Writer, statuses
+from .parts import Rows
 
 PROBLEM = "application/problem+json"
 NOTHING: dict[str, Any] = {}
@@ -30,21 +32,35 @@ NOTHING: dict[str, Any] = {}
 class GrpcCodec(Codec):
     """ModelInferRequest → ModelInferResponse; answers raw when the request was raw, typed when it was typed."""
 
+    def __init__(self) -> None:
+        self._heads = heads.Heads()
+
     def open(self, call: Call) -> Asked:
-        message = parse_request(call.body)
-        return Asked(message.model_name, message.model_version, message.id, wire=message)
+        body = call.body
+        if (head := self._heads.find(body)) is not None:
+            return Asked(head.model, head.version, head.id, None, None, head.outputs, True, body, head)
+        message = parse_request(body)
+        return Asked(message.model_name, message.model_version, message.id, wire=(message, body))
 
     def read(self, asked: Asked) -> None:
-        message, raws = asked.wire, asked.wire.raw_input_contents
+        if (head := asked.head) is not None:
+            asked.tensors = [Tensor(head.name, head.array(asked.wire), head.datatype)]
+            return
+        message, body = asked.wire
+        raws = message.raw_input_contents
         asked.raw = len(raws) > 0
         asked.tensors = read_tensors(message.inputs, raws, "raw_input_contents")
         if not asked.tensors:
             raise Invalid("inputs is empty; a request needs one tensor or more")
         if message.outputs:
             asked.outputs = tuple(output.name for output in message.outputs)
+        self._heads.learn(body, message, asked)
 
     def write(self, asked: Asked, result: Any, served: Served) -> tuple[bytes, str]:
         return self._answer(asked, result, served), PROTO
+
+    def writer(self, rows: Rows, served: Served) -> Writer | None:
+        return heads.writer(rows, served)
 
     def _answer(self, asked: Asked, result: Any, served: Served) -> bytes:
         made = results.tensors(result, asked.outputs)
@@ -56,6 +72,17 @@ class StreamCodec(GrpcCodec):
 
     def write(self, asked: Asked, result: Any, served: Served) -> tuple[bytes, str]:
         return streamed(self._answer(asked, result, served)), PROTO
+
+    def writer(self, rows: Rows, served: Served) -> Writer | None:
+        plain = super().writer(rows, served)
+        if plain is None:
+            return None
+
+        def write(asked: Asked, start: int, end: int) -> tuple[bytes, str] | None:
+            written = plain(asked, start, end)
+            return None if written is None else (streamed(written[0]), PROTO)
+
+        return write
 
     def write_error(self, call: Call, error: ModelyardError) -> tuple[bytes, str]:
         from ..wire.inference_pb2 import ModelInferResponse, ModelStreamInferResponse

@@ -17,6 +17,8 @@ class Current(NamedTuple):
     model: str  # iris:4
     rows: tuple[tuple[str, int], ...] = ()
     """In ``run_batch`` for several calls: each call's prediction id and how many rows it has, in order."""
+    tried: bool = False
+    """The rows are ours, to find out how a model behaves; nobody sent them."""
 
 
 CURRENT: ContextVar[Current | None] = ContextVar("modelyard_call", default=None)

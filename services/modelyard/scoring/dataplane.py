@@ -10,19 +10,18 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import random
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from ..core.errors import ModelyardError, TooLarge, Unavailable
-from .calls import Answer, Call, Cancelled, PastDeadline, Plane, QueueFull, Served, SpoolFull, statuses
+from .calls import Answer, Call, Cancelled, PastDeadline, Plane, QueueFull, Served, SpoolFull
 from .capture import CaptureLog, Finished
 from .deadlines import Deadlines
+from .held import Held
 from .image import Image
-from .jobs import Batch, Job, Outcome, late
+from .jobs import Batch, Job, failed, late
 from .lanes import Lane
 from .metrics import Metrics
 from .otlp import Otlp
@@ -31,11 +30,9 @@ from .settings import Limits
 from .table import Table
 
 UNKNOWN = "(unknown)"
-PRESSURE_S = 0.02
 STUCK_S = 60.0
 """A model's thread that has run for so long what nobody waits for any more will not come back."""
 LATE = "no answer before the deadline"
-_dice = random.Random()  # ours alone: scoring code may seed the module's
 
 
 class Log(Protocol):
@@ -56,26 +53,21 @@ class Log(Protocol):
     def refused(self, model: str, status: str, started_ns: int | None = None, reason: str = ...) -> None: ...
 
 
-def new_id() -> str:
-    """A prediction id: 32 hexadecimal digits that sort by time."""
-    return "%032x" % (time.time_ns() // 1_000_000 << 80 | _dice.getrandbits(80))
-
-
 class DataPlane(Plane):
     """Behind every transport. ``load`` first; ``handle`` refuses with Unavailable until then."""
 
     def __init__(self, deployment: str, limits: Limits, log: CaptureLog | Log | None = None) -> None:
         self.deployment = deployment
         self.limits = limits
+        self._timeout_s = limits.timeout_ms / 1000
         self.metrics = Metrics()
         self.last_call = 0.0
         self.otlp: Otlp | None = None
         self._log = log
         self._table: Table | None = None
         self._lanes: list[Lane] = []
-        self._draining = False
-        self._held: deque[Job] = deque()
-        self._held_in_all = 0
+        self._draining = self._trickle = False
+        self._held = Held(self._admit, lambda: log is not None and log.pressed)
         self._deadlines = Deadlines(self._expire)
         self._stuck_s = max(float(os.environ.get("MODELYARD_STUCK_S") or STUCK_S), 2 * limits.timeout_ms / 1000)
         self.metrics.gauge("modelyard_scoring_queue", "Calls waiting for their model.", "model",
@@ -84,7 +76,7 @@ class DataPlane(Plane):
         if log is not None:
             self.metrics.gauge("modelyard_scoring_capture", "Calls recorded, not recorded by reason, and held for want "
                                "of room; rows collected and lost.", "what",
-                               lambda: {**log.totals, "held": self._held_in_all})
+                               lambda: {**log.totals, "held": self._held.in_all})
 
     async def load(self, image: Image, image_version: str = "") -> None:
         """Opens every model in its own thread. Raises CannotStart."""
@@ -94,8 +86,16 @@ class DataPlane(Plane):
             made.append((models, Lane(name, open_runner, self._ended, self._deadlines.watch,
                                       self.limits.max_batch_rows)))
         self._lanes = [lane for _, lane in made]
+        for lane in self._lanes:
+            lane.trickle = self._trickle
         await asyncio.gather(*(lane.open() for lane in self._lanes))
         self._table = Table(self.deployment, image, image_version, made)
+
+    def calls_trickle(self) -> None:
+        """A transport takes several turns of the loop to hand over what has arrived: batches wait for that."""
+        self._trickle = True
+        for lane in self._lanes:
+            lane.trickle = True
 
     @property
     def ready(self) -> bool:
@@ -161,25 +161,23 @@ class DataPlane(Plane):
             if calls:
                 await future
         except asyncio.CancelledError:
-            self._give_up([j for j in jobs if j.answer is None], Cancelled("the caller went away"))
+            self._give_up([job for job in jobs if not job.settled], Cancelled("the caller went away"))
             raise
-        return [job.answer for job in jobs if job.answer is not None]
+        return list(jobs)
 
     def submit(self, call: Call, done: Callable[[Answer], None]) -> Job:
-        job = Job(call, new_id(), done)
-        self.last_call = time.monotonic()
+        job = Job(call, done)
         self.metrics.in_flight += 1
-        if not call.request_id:
-            call.request_id = job.prediction_id
         log = self._log
         if log is not None and log.on_pressure == "block" and (self._held or log.pressed):
-            self._hold(job)
+            self.last_call = time.monotonic()
+            self._held.add(job, min(call.deadline, self.last_call + self._timeout_s))
         else:
             self._admit(job)
         return job
 
     def cancel(self, submitted: Job) -> None:
-        if submitted.answer is None:
+        if not submitted.settled:
             self._give_up([submitted], Cancelled("the caller went away"))
 
     def _admit(self, job: Job) -> None:
@@ -188,7 +186,8 @@ class DataPlane(Plane):
             self._begin(job)
         except ModelyardError as exc:
             self._refuse(job, exc)
-        if job.outcome is not None:
+            return
+        if job.outcome is not None and not job.settled:
             self._finish((job,))
 
     def _begin(self, job: Job) -> None:
@@ -198,17 +197,18 @@ class DataPlane(Plane):
         if self._log is not None and self._log.on_pressure != "drop" and self._log.pressed:
             raise SpoolFull("the capture spool is full, and calls must not go unrecorded (capture.on_pressure)",
                             retry_after=1)
-        table = self.table
         job.asked = asked = call.codec.open(call)
+        table = self._table or self.table
         job.served, entry = table.find(asked.model or call.model or table.default, asked.version or call.version)
+        job.model = job.served.model
         lane = job.lane = entry.lane
         if lane.waiting >= limits.max_queue and not lane.make_room():
             raise QueueFull(f"{limits.max_queue} calls wait for '{job.served.name}' already; try again soon",
                             retry_after=1)
-        now = time.monotonic()
-        job.deadline = min(call.deadline, now + limits.timeout_ms / 1000)
+        self.last_call = now = time.monotonic()
+        job.deadline = min(call.deadline, now + self._timeout_s)
         if now >= job.deadline:
-            job.outcome = Outcome(late())
+            job.outcome = failed(late())
         elif wait_s := lane.hopeless(job.deadline - now):
             raise QueueFull(f"{lane.waiting} calls wait for '{job.served.name}' already, about {wait_s:.1f} s; try "
                             f"again soon, or with more time than {job.deadline - now:.1f} s",
@@ -219,18 +219,18 @@ class DataPlane(Plane):
             lane.submit(job)
 
     def _refuse(self, job: Job, error: ModelyardError) -> None:
-        status, _ = statuses(error)
-        model = job.served.model if job.lane is not None else UNKNOWN
-        self.metrics.refused(job.call.protocol, status)
+        model, job.model = job.model if job.lane is not None else UNKNOWN, ""
+        job.settle(failed(error), time.perf_counter_ns())
+        self.last_call = time.monotonic()
+        self.metrics.refused(job.call.protocol, job.status)
         if self._log is not None:
-            self._log.refused(model, status, job.started_ns, "pressed" if isinstance(error, SpoolFull) else "refused")
-        body, body_type = job.call.codec.write_error(job.call, error)
-        job.answer = Answer(body, body_type, status, job.call.request_id, job.prediction_id, "", error)
+            self._log.refused(model, job.status, job.started_ns,
+                              "pressed" if isinstance(error, SpoolFull) else "refused")
         self.metrics.in_flight -= 1
-        job.done(job.answer)
+        job.done(job)
 
     def _expire(self, jobs: Sequence[Job]) -> None:
-        self._give_up([job for job in jobs if job.answer is None], PastDeadline(LATE))
+        self._give_up([job for job in jobs if not job.settled], PastDeadline(LATE))
 
     def _give_up(self, jobs: Sequence[Job], error: ModelyardError) -> None:
         """Settles jobs that are still queued or running; what becomes of them in the lane is dropped."""
@@ -240,7 +240,7 @@ class DataPlane(Plane):
                 self._refuse(job, error)
                 continue
             job.lane.give_up(job)
-            job.outcome = Outcome(error)
+            job.outcome = failed(error)
             admitted.append(job)
         if admitted:
             self._finish(admitted)
@@ -251,58 +251,25 @@ class DataPlane(Plane):
         for batch in batches:
             if batch.calls:
                 self.metrics.batch(batch.jobs[0].served.model, batch.calls, batch.model_ns)
-            jobs += [job for job in batch.jobs if job.answer is None]
+            jobs += [job for job in batch.jobs if not job.settled]
         if jobs:
             self._finish(jobs)
 
     def _finish(self, jobs: Sequence[Job]) -> None:
         """Answers jobs that have an outcome: first capture, then the reply."""
         ticks = time.perf_counter_ns()
-        finished = [self._answer(job, ticks - job.arrived) for job in jobs]
-        self.metrics.finished(finished)
-        if self._log is not None:
-            self._log.append(finished)
-        if self.otlp is not None and self.otlp.plan.traces:
-            self.otlp.offer(finished)
-        self.metrics.in_flight -= len(jobs)
         for job in jobs:
-            self._deadlines.forget(job)
-            assert job.answer is not None
-            job.done(job.answer)
-
-    def _answer(self, job: Job, latency_ns: int) -> Finished:
-        call, served = job.call, job.served
-        assert job.outcome is not None
-        error, body, body_type = job.outcome
-        status = "OK"
-        if error is not None:
-            status = statuses(error)[0]
-            body, body_type = call.codec.write_error(call, error)
-        job.answer = Answer(body, body_type, status, call.request_id, job.prediction_id, served.model, error)
-        queue_ns = job.queue_ns if job.queue_ns >= 0 else latency_ns
-        return Finished(job.prediction_id, call.request_id, served.model, call.protocol, call.method, status,
-                        job.started_ns, latency_ns, queue_ns, call.body, call.body_type, body, body_type, call.trace_id,
-                        call.parent)
-
-    def _hold(self, job: Job) -> None:
-        """The spool is full: until the shipper has made room in it, or a deadline is there (then it is refused)."""
-        if not self._held:
-            asyncio.get_running_loop().call_later(PRESSURE_S, self._take_held)
-        job.deadline = min(job.call.deadline, time.monotonic() + self.limits.timeout_ms / 1000)
-        self._held.append(job)
-        self._held_in_all += 1
-
-    def _take_held(self) -> None:
-        held, self._held = self._held, deque()
-        now = time.monotonic()
-        for job in held:
-            if job.answer is None:
-                if self._log is not None and self._log.pressed and now < job.deadline:
-                    self._held.append(job)
-                else:
-                    self._admit(job)
-        if self._held:
-            asyncio.get_running_loop().call_later(PRESSURE_S, self._take_held)
+            assert job.outcome is not None
+            job.settle(job.outcome, ticks)
+        self.metrics.finished(jobs)
+        if self._log is not None:
+            self._log.append(jobs)
+        if self.otlp is not None and self.otlp.plan.traces:
+            self.otlp.offer(jobs)
+        self.metrics.in_flight -= len(jobs)
+        self._deadlines.forget(jobs)
+        for job in jobs:
+            job.done(job)
 
 
 def _settle(future: asyncio.Future[Any], answer: Answer) -> None:

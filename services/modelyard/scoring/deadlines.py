@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .jobs import Job
 
@@ -25,9 +25,10 @@ class Deadlines:
         if job.deadline < self._at:
             self._set(job.deadline)
 
-    def forget(self, job: Job) -> None:
-        """It is answered. The timer stays: it finds out, and most calls are answered long before."""
-        self._jobs.discard(job)
+    def forget(self, jobs: Iterable[Job]) -> None:
+        """They are answered. The timer stays: it finds out, and most calls are answered long before."""
+        if self._jobs:
+            self._jobs.difference_update(jobs)
 
     def close(self) -> None:
         if self._timer is not None:

@@ -32,6 +32,7 @@ from .transport import binary_trace, request_id, trace
 
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 INFER = f"/{oip.SERVICE}/ModelInfer"
+PLAIN = (b"application/grpc", b"application/grpc+proto")
 NOT_TRACED = ("", "")
 AWAY = "this replica goes away; call again"
 Handler = Callable[[H2Call], Awaitable[None]]
@@ -52,6 +53,7 @@ class H2App:
         self._key = plane.sampling_header.encode()
         self._codec, self._stream_codec = GrpcCodec(), StreamCodec()
         self._deployment = (b"x-modelyard-deployment", plane.deployment.encode())
+        self._models: dict[str, wire.Header] = {}
         self._leaving = False
         self._idle: set[asyncio.Task[Any]] = set()
         self._methods: dict[str, Handler] = {
@@ -77,16 +79,20 @@ class H2App:
 
     def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> Infer | Coroutine[Any, Any, None]:
         self.seen += 1
-        if scope["path"] != INFER or _not_grpc(scope) is not None:
+        if scope["path"] != INFER:
             return self._serve(scope, receive, send)
         headers = dict(scope["headers"])
-        taken: list[Any] = []
-        try:
-            due = deadline(headers)
-        except Refused:
+        due = math.inf
+        if b"grpc-timeout" in headers:
+            try:
+                due = deadline(headers)
+            except Refused:
+                return self._serve(scope, receive, send)
+        if headers.get(b"content-type") not in PLAIN or scope["method"] != "POST" or b"grpc-encoding" in headers \
+                or "http.response.trailers" not in scope["extensions"]:
             return self._serve(scope, receive, send)
-        if headers.get(b"grpc-encoding", b"identity") != b"identity" \
-                or (message := take(receive, self._limit, taken)) is None:
+        taken: list[Any] = []
+        if (message := take(receive, self._limit, taken)) is None:
             return self._serve(scope, again(taken, receive), send)
         infer = Infer(self, send)
         self.under_way.add(infer)
@@ -142,9 +148,11 @@ class H2App:
 
     def metadata(self, answer: Answer) -> list[wire.Header]:
         """What goes with every answer."""
+        model = self._models.get(answer.model)
+        if model is None:
+            model = self._models[answer.model] = (b"x-modelyard-model", answer.model.encode())
         return [(b"x-request-id", answer.request_id.encode()),
-                (b"x-modelyard-prediction-id", answer.prediction_id.encode()),
-                (b"x-modelyard-model", answer.model.encode()), self._deployment]
+                (b"x-modelyard-prediction-id", answer.prediction_id.encode()), model, self._deployment]
 
     async def _stream(self, call: H2Call) -> None:
         """One answer for each message, in order; a message that fails is answered with ``error_message``."""

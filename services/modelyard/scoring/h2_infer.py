@@ -8,7 +8,7 @@ in h2corn's own callback and ended in the lane's. Whatever is not whole or not p
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import grpc_wire as wire
@@ -25,11 +25,11 @@ FRAMED_BYTES = 16_384
 class Infer:
     """A call that was submitted, and what stands for its task."""
 
-    __slots__ = ("_app", "_callbacks", "_cancelled", "_ended", "_rest", "_send", "submitted")
+    __slots__ = ("_app", "_callback", "_cancelled", "_ended", "_rest", "_send", "submitted")
 
     def __init__(self, app: H2App, send: Send) -> None:
         self._app, self._send = app, send
-        self._callbacks: list[Callable[[Any], object]] = []
+        self._callback: Callable[[Any], object] | None = None
         self._ended = self._cancelled = False
         self._rest: asyncio.Task[None] | None = None
         self.submitted: Any = None
@@ -45,25 +45,23 @@ class Infer:
                     send(event)
             else:
                 ready = send(START)  # as every send that need not wait gives back
-                body, last = answer.body, {"type": DONE, "headers": [wire.STATUS_OK, *app.metadata(answer)]}
-                if len(body) < FRAMED_BYTES:
-                    waits = send({"type": BODY, "body": b"\0" + len(body).to_bytes(4, "big") + body})
-                else:
-                    send({"type": BODY, "body": b"\0" + len(body).to_bytes(4, "big"), "more_body": True})
-                    waits = send({"type": BODY, "body": body})
-                if waits is not ready:
-                    self._rest = app.loop.create_task(self._patiently(waits, last))
-                    return
-                send(last)
+                events = iter((*_framed(answer.body), {"type": DONE, "headers": [wire.STATUS_OK,
+                                                                                 *app.metadata(answer)]}))
+                for event in events:
+                    waits = send(event)
+                    if waits is not ready:
+                        self._rest = app.loop.create_task(self._patiently(waits, events))
+                        return
         except OSError:
             pass  # the caller went away
         self._end()
 
-    async def _patiently(self, waits: Any, last: dict[str, Any]) -> None:
+    async def _patiently(self, waits: Any, events: Iterator[dict[str, Any]]) -> None:
         """The caller reads slowly."""
         try:
             await waits
-            await self._send(last)
+            for event in events:
+                await self._send(event)
         except OSError:
             pass
         finally:
@@ -72,7 +70,8 @@ class Infer:
     def _end(self) -> None:
         self._ended = True
         self._app.under_way.discard(self)
-        for callback in self._callbacks:
+        if (callback := self._callback) is not None:
+            self._callback = None
             callback(self)
 
     # What is asked of a task ----------------------------------------------------------------------------------------
@@ -88,11 +87,13 @@ class Infer:
             raise asyncio.CancelledError
 
     def add_done_callback(self, callback: Callable[[Any], object], *, context: Any = None) -> None:
-        """Called when it ends, by whatever ends it."""
+        """Called when it ends, by whatever ends it. There is one: who asked for the task."""
         if self._ended:
             self._app.loop.call_soon(callback, self)
+        elif self._callback is not None:
+            raise RuntimeError("an Infer has one callback")
         else:
-            self._callbacks.append(callback)
+            self._callback = callback
 
     def cancel(self, msg: Any = None) -> bool:
         """The caller went away: what was not begun never runs."""
@@ -107,18 +108,25 @@ class Infer:
         return True
 
 
+def _framed(body: bytes) -> tuple[dict[str, Any], ...]:
+    prefix = b"\0" + len(body).to_bytes(4, "big")
+    if len(body) < FRAMED_BYTES:
+        return ({"type": BODY, "body": prefix + body},)
+    return {"type": BODY, "body": prefix, "more_body": True}, {"type": BODY, "body": body}
+
+
 def take(receive: Receive, limit: int, taken: list[Any]) -> bytes | None:
     """The one message of a call if all of it is there and is plain; else None, and what was taken of ``receive`` is in
     ``taken``: events, and at most one awaitable behind them."""
     parts: list[bytes] = []
     size, more = -5, True
     while more and size <= limit:
-        waits = receive()
+        waits: Any = receive()
         if hasattr(waits, "add_done_callback"):
             taken.append(waits)
             return None
         try:
-            waits.send(None)  # type: ignore[attr-defined]
+            waits.send(None)
             return None  # never: what need not wait has ended
         except StopIteration as end:
             event = end.value

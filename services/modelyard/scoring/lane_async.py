@@ -10,7 +10,7 @@ from typing import Any
 
 from .batches import execute_awaiting
 from .calls import ScoringFailed
-from .jobs import GIVEN_UP, Batch, Job, Outcome
+from .jobs import GIVEN_UP, Batch, Job, failed
 from .runners import Runner, log_failure
 from .speed import Speed
 
@@ -83,12 +83,12 @@ class AsyncWork:
             self._tasks[number].cancel()
 
     def _over(self, batch: Batch, task: asyncio.Task[None]) -> None:
-        calls = sum(len(other.jobs) for other in self._running.values())
-        self._speed.took(time.monotonic() - batch.began, calls, len(self._tasks) >= self._most)
+        self._speed.took(time.monotonic() - batch.began, self._speed.running, len(self._tasks) >= self._most)
+        self._speed.ended(len(batch.jobs))
         del self._tasks[id(batch)], self._running[id(batch)]
         for job in batch.jobs:
             del self._of[job]
             if job.outcome is None:
-                job.outcome = Outcome(ScoringFailed("the call was cancelled by scoring code"))
+                job.outcome = failed(ScoringFailed("the call was cancelled by scoring code"))
         self._give_back((batch,))
         self._start_some()

@@ -37,6 +37,7 @@ class Lane:
         self.runner: Runner | None = None
         self.waiting = 0
         """Jobs that are queued, not begun and still wanted."""
+        # trickle: calls that are there take several turns of the loop to arrive, and batches wait for them (patience)
         self.speed = Speed()
         self._open, self._done, self._watch, self._max_rows = open_runner, done, watch, max_rows
         self._lock = threading.Lock()  # around the queue and each job's ``state``
@@ -44,9 +45,9 @@ class Lane:
         self._planned: deque[Batch] = deque()  # of whoever works: the event loop's turn or the thread, never both
         self._running: dict[int, Batch] = {}
         self._working = False  # the thread does
-        self._turn_due = self._turning = False
+        self.trickle = self._turn_due = self._turning = False
         self._patience = Patience()
-        self._large = 0
+        self._large = self._last_calls = 0
         self._typical_ns = INLINE_NS
         self._ended: deque[Batch] = deque()
         self._told = False
@@ -68,7 +69,8 @@ class Lane:
         return self._working or bool(self._running) or bool(self._queue)
 
     def submit(self, job: Job) -> None:
-        """Queues the job. It is begun in this turn of the loop at the earliest, with what else comes in it."""
+        """Queues the job, to be begun with what else comes in this turn of the loop; or runs it now, if it is the first
+        of the turn, it is short, and calls come one by one: then nobody else is waited for."""
         with self._lock:
             self.waiting += 1
             self._queue.append(job)
@@ -79,6 +81,9 @@ class Lane:
             self._own.wake()
         elif working:
             self._watch(job)
+        elif self._last_calls == 1 and not self._turn_due and not self._turning and self._is_short():
+            self._turn()
+            self._turn_soon()  # whatever else comes in this turn waits for the next
         else:
             self._turn_soon()
 
@@ -91,7 +96,7 @@ class Lane:
 
     def hopeless(self, left_s: float) -> float:
         """The seconds that a call with so much time would wait, when that is too long; else 0.0."""
-        return self.speed.hopeless(left_s, self.waiting, list(self._running.values()))
+        return self.speed.hopeless(left_s, self.waiting)
 
     def give_up(self, job: Job) -> None:
         """The event loop settles a job that is still queued or running. Queued: it will never be begun."""
@@ -147,6 +152,7 @@ class Lane:
         while (batch := self._next(runner)) is not None:
             self._process(runner, batch)
             if batch.jobs:
+                self._last_calls = len(batch.jobs)
                 self._done((batch,))
             if time.perf_counter_ns() >= end:
                 return
@@ -159,7 +165,7 @@ class Lane:
 
     def _look(self) -> None:
         """Begins, or lets the loop take a turn for what is on its way."""
-        batched = self.runner is not None and self.runner.batched
+        batched = self.trickle and self.runner is not None and self.runner.batched
         if not batched or self._planned or self._patience.enough(len(self._queue), self._max_rows):
             self._turn()
         else:
@@ -212,6 +218,7 @@ class Lane:
                 job.state = BEGUN
             self.waiting -= len(batch.jobs)
         batch.began = time.monotonic()
+        self.speed.begun(len(batch.jobs), batch.began)
 
     def _process(self, runner: Runner, batch: Batch) -> None:
         self._claim(batch)
@@ -222,6 +229,7 @@ class Lane:
         execute(runner, batch)
         del self._running[id(batch)]
         took = time.perf_counter_ns() - began
+        self.speed.ended(len(batch.jobs))
         self.speed.took(took / 1e9, len(batch.jobs), more)
         self._typical_ns = max(took if took > 4 * INLINE_NS else 0, (self._typical_ns * 7 + took) // 8)
 

@@ -17,7 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core.errors import Invalid
 from ..core.version import __version__
@@ -76,6 +76,27 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
     return int(given)
 
 
+class Span(NamedTuple):
+    """What is kept of a call until it is exported: its bodies are not."""
+
+    trace_id: str
+    parent: str
+    name: str
+    status: str
+    started_ns: int
+    latency_ns: int
+    told: dict[str, Any]
+
+    @classmethod
+    def of(cls, call: Finished) -> Span:
+        return cls(call.trace_id, call.parent, f"{call.method} {call.model}", call.status, call.started_ns,
+                   call.latency_ns, {
+            "modelyard.model": call.model, "modelyard.protocol": call.protocol,
+            "modelyard.prediction_id": call.prediction_id, "modelyard.request_id": call.request_id,
+            "modelyard.queue_ms": call.queue_ns / 1e6, "modelyard.status": call.status,
+            "modelyard.request_bytes": len(call.request), "modelyard.response_bytes": len(call.response)})
+
+
 @dataclass
 class Otlp:
     """``offer`` takes what was answered, ``start`` begins to export, ``close`` sends what is left."""
@@ -87,7 +108,7 @@ class Otlp:
     say: Callable[[str], None]
     totals: Counter[str] = field(default_factory=Counter)
     """``spans`` sent, ``spans-dropped``, and ``exports-failed`` of either kind."""
-    _spans: deque[Finished] = field(default_factory=deque)
+    _spans: deque[Span] = field(default_factory=deque)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
     _failing: bool = False
@@ -97,7 +118,7 @@ class Otlp:
         for call in calls:
             if call.parent:
                 if len(self._spans) < self.plan.spans_kept:
-                    self._spans.append(call)
+                    self._spans.append(Span.of(call))
                 else:
                     self.totals["spans-dropped"] += 1
 
@@ -168,12 +189,12 @@ class Sink:
     def signals(self) -> list[str]:
         return [name for name, there in (("metrics", self._metrics), ("spans", self._traces)) if there is not None]
 
-    def spans(self, calls: Sequence[Finished]) -> bool:
+    def spans(self, spans: Sequence[Span]) -> bool:
         """Whether the collector took them."""
         from opentelemetry.sdk.trace.export import SpanExportResult
 
         assert self._traces is not None
-        return self._traces.export([self._span(call) for call in calls]) is SpanExportResult.SUCCESS
+        return self._traces.export([self._span(span) for span in spans]) is SpanExportResult.SUCCESS
 
     def metrics(self, families: Sequence[Any]) -> bool:
         """Whether the collector took them. ``families``: as Prometheus has them."""
@@ -189,22 +210,18 @@ class Sink:
             if exporter is not None:
                 exporter.shutdown()
 
-    def _span(self, call: Finished) -> Any:
+    def _span(self, span: Span) -> Any:
         from opentelemetry.sdk.trace import ReadableSpan
         from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
-        trace, flags = int(call.trace_id, 16), TraceFlags(TraceFlags.SAMPLED)
-        good = call.status == "OK"
+        trace, flags = int(span.trace_id, 16), TraceFlags(TraceFlags.SAMPLED)
+        good = span.status == "OK"
         return ReadableSpan(
-            name=f"{call.method} {call.model}", kind=SpanKind.SERVER, resource=self._resource,
+            name=span.name, kind=SpanKind.SERVER, resource=self._resource,
             context=SpanContext(trace, secrets.randbits(64) or 1, False, flags),
-            parent=SpanContext(trace, int(call.parent, 16), True, flags),
-            attributes={"modelyard.model": call.model, "modelyard.protocol": call.protocol,
-                        "modelyard.prediction_id": call.prediction_id, "modelyard.request_id": call.request_id,
-                        "modelyard.queue_ms": call.queue_ns / 1e6, "modelyard.status": call.status,
-                        "modelyard.request_bytes": len(call.request), "modelyard.response_bytes": len(call.response)},
-            status=Status(StatusCode.OK) if good else Status(StatusCode.ERROR, call.status),
-            start_time=call.started_ns, end_time=call.started_ns + call.latency_ns, instrumentation_scope=self._scope)
+            parent=SpanContext(trace, int(span.parent, 16), True, flags), attributes=span.told,
+            status=Status(StatusCode.OK) if good else Status(StatusCode.ERROR, span.status),
+            start_time=span.started_ns, end_time=span.started_ns + span.latency_ns, instrumentation_scope=self._scope)
 
 
 def converted(families: Iterable[Any]) -> Iterator[Any]:

@@ -8,7 +8,7 @@ names, data types, the other dimensions, columns, and the rest of a JSON body.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -104,29 +104,46 @@ def _concatenate(arrays: Sequence[Any]) -> Any:
     return np.concatenate(arrays)
 
 
+class Rows:
+    """What one prediction gave several calls: arrays by name, with a row for each row given. Iterates over what each
+    call has of it. Raises NotByRows when there are other rows."""
+
+    __slots__ = ("arrays", "edges")
+
+    def __init__(self, arrays: Mapping[str, Any], sizes: Sequence[int]) -> None:
+        self.arrays, self.edges = arrays, list(pairwise(accumulate(sizes, initial=0)))
+        for name, value in arrays.items():
+            _check(value, self.edges[-1][1], f"'{name}' ")
+
+    def piece(self, start: int, end: int) -> Mapping[str, Any]:
+        """What the call of these rows has."""
+        made = type(self.arrays) if isinstance(self.arrays, dict) else dict
+        return made((name, _rows(value, start, end)) for name, value in self.arrays.items())
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return (self.piece(start, end) for start, end in self.edges)
+
+
 def split(result: Any, sizes: Sequence[int]) -> list[Any]:
     """A result's rows, given back to the calls they came from. Raises NotByRows when it has other rows."""
-    edges = list(pairwise(accumulate(sizes, initial=0)))
-    total = edges[-1][1]
     if isinstance(result, Mapping) and result:
-        columns = {name: _sliced(value, edges, total, f"'{name}' ") for name, value in result.items()}
-        made = type(result) if isinstance(result, dict) else dict
-        return [made((name, pieces[n]) for name, pieces in columns.items()) for n in range(len(sizes))]
-    return _sliced(result, edges, total, "")
+        return list(Rows(result, sizes))
+    edges = list(pairwise(accumulate(sizes, initial=0)))
+    _check(result, edges[-1][1], "")
+    return [_rows(result, start, end) for start, end in edges]
 
 
-def _sliced(value: Any, edges: Sequence[tuple[int, int]], total: int, what: str) -> list[Any]:
-    if _is_frame(value):
-        has: Any = len(value)
-    elif hasattr(value, "shape") and hasattr(value, "dtype"):
-        has = value.shape[0] if len(value.shape) else "no"
+def _check(value: Any, total: int, what: str) -> None:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        has: Any = value.shape[0] if len(value.shape) else "no"
     else:
-        has = len(value) if isinstance(value, (list, tuple)) else "no"
+        has = len(value) if isinstance(value, (list, tuple)) or _is_frame(value) else "no"
     if has != total:
         raise NotByRows(f"{what}has {has} rows for the {total} it was given")
-    if _is_frame(value):
-        return [value.iloc[a:b] for a, b in edges]
-    return [value[a:b] for a, b in edges]
+
+
+def _rows(value: Any, start: int, end: int) -> Any:
+    return value.iloc[start:end] if _is_frame(value) else value[start:end]
 
 
 def row_wise(predict: Callable[[Arrays], Mapping[str, Any]], one: Arrays, other: Arrays) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import Invalid
+from ..core.signatures import NUMPY
 from ..core.tensors import DTYPES
 from ..core.torch_files import exported
 from .calls import Asked, ScoringFailed
@@ -131,7 +132,7 @@ def _loaded(torch: Any, model: Model) -> tuple[str, Any, tuple[Slot, ...], bool]
     names = program.graph_signature.user_inputs
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     shapes = [tuple(size if isinstance(size, int) else -1 for size in values[name].shape) for name in names]
-    types = [DATATYPES.get(str(values[name].dtype), "") for name in names]
+    types = [NUMPY.get(str(values[name].dtype).removeprefix("torch."), "") for name in names]
     told = [slot.name for slot in model.slots("inputs")]
     named = told if len(told) == len(names) else list(names)
     writes = any(WRITES.search(f"::{node.target}") for node in program.graph.nodes if node.op == "call_function") \
@@ -151,11 +152,6 @@ def _script(torch: Any, model: Model) -> tuple[str, Any, tuple[Slot, ...], bool]
         else:
             break  # what stands behind it cannot be given by place
     return "pytorch_libtorch", module, tuple(slots), bool(WRITES.search(str(module.inlined_graph)))
-
-
-DATATYPES = {"torch.float32": "FP32", "torch.float64": "FP64", "torch.float16": "FP16", "torch.int64": "INT64",
-             "torch.int32": "INT32", "torch.int16": "INT16", "torch.int8": "INT8", "torch.uint8": "UINT8",
-             "torch.bool": "BOOL"}
 
 
 def _typed(slot: Slot, told: Sequence[Slot]) -> Slot:

@@ -18,7 +18,7 @@ from .arguments import as_array, body_of, columns_of, data_of, only, parse
 from .calls import Asked, ScoringFailed
 from .context import CURRENT
 from .image import Image, Model, Slot
-from .parts import NotByRows, Part, join, measure_arrays, row_wise, split
+from .parts import NotByRows, Part, Rows, join, measure_arrays, row_wise
 
 
 class Runner(ABC):
@@ -42,6 +42,10 @@ class Runner(ABC):
     @abstractmethod
     def run(self, asked: Asked) -> Any:
         """The result (see ``results``). Raises Invalid for bad input, ScoringFailed when scoring code raised."""
+
+    def known(self, asked: Asked) -> Part | None:
+        """What ``prepare`` gives, of a call that is not read yet, if what is known of its ``head`` is enough."""
+        return None
 
     def prepare(self, asked: Asked) -> Part:
         """What the call gives the model. Raises Invalid."""
@@ -78,8 +82,21 @@ class RowRunner(Runner):
     def run(self, asked: Asked) -> Any:
         return self.predict(*self.arrays(asked))
 
+    def known(self, asked: Asked) -> Part | None:
+        head = asked.head
+        if head is None or (found := head.parts.get(self)) is None:
+            return None
+        name, names, rows, key = found
+        return Part(({name: head.array(asked.wire)}, names), rows, key)
+
     def prepare(self, asked: Asked) -> Part:
-        return measure_arrays(*self.arrays(asked))
+        part = measure_arrays(*self.arrays(asked))
+        arrays, names = part.inputs
+        if asked.head is not None and asked.tensors and len(arrays) == 1:
+            ((name, array),) = arrays.items()
+            if array is asked.tensors[0].array:  # the model takes it as it is
+                asked.head.parts[self] = name, names, part.rows, part.key
+        return part
 
     def one(self, part: Part) -> Any:
         return self.predict(*part.inputs)
@@ -90,13 +107,19 @@ class RowRunner(Runner):
             self._try(parts, names)
         given = self.predict(join([part.inputs[0] for part in parts]), names)
         try:
-            return split(given, [part.rows for part in parts])
+            return Rows(given, [part.rows for part in parts])
         except NotByRows:
             self._by_itself(names)
             raise
 
     def _try(self, parts: Sequence[Part], names: tuple[str, ...]) -> None:
-        if not row_wise(lambda arrays: self.predict(arrays, names), parts[0].inputs[0], parts[1].inputs[0]):
+        current = CURRENT.get()
+        token = CURRENT.set(current and current._replace(tried=True))
+        try:
+            by_rows = row_wise(lambda arrays: self.predict(arrays, names), parts[0].inputs[0], parts[1].inputs[0])
+        finally:
+            CURRENT.reset(token)
+        if not by_rows:
             self._by_itself(names)
             raise NotByRows("rows depend on each other")
         self._tried.add(frozenset(names))

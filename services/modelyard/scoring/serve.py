@@ -31,6 +31,9 @@ QUIET_S = 1.0
 """Nobody called for so long while draining: nobody is there."""
 SWITCH_S = 0.001
 """User code that computes gives way to the event loop this often, so that health and refusals stay quick."""
+GARBAGE = 10_000
+"""Objects more than before after which Python looks for those that hold each other. Calls under way are some hundred,
+and hold nothing of the kind: with Python's 700 it looked in vain, for a twentieth of the processor time."""
 LEAVE_S = 20.0
 """From the signal to the end of what is in flight; capture is flushed after it, within 25 s altogether."""
 
@@ -78,6 +81,7 @@ class Replica:
         load.result()
         gc.collect()
         gc.freeze()  # what models are made of lives as long as we do: no need to look through it again and again
+        gc.set_threshold(GARBAGE, *gc.get_threshold()[1:])
         for transport in self.transports:
             await transport.loaded()
         say(f"ready after {time.monotonic() - began:.2f} s: {', '.join(self.plane.table.names)}")

@@ -13,14 +13,16 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..core.layout import segment_name
 from ..core.segments import START, new_mark, pack_json
 
 GRANT = "grant"
+T = TypeVar("T")
 PLAIN = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 JOINED, PIECES = 2**20, 1000
 """Up to so many bytes, joining the pieces costs less than telling the kernel of each; and more pieces than that (its
@@ -150,3 +152,14 @@ def _adopt(path: Path) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def in_children(owner: T, let_go: Callable[[T], None]) -> None:
+    """A forked child's copy of who writes here is told to let go, as long as there is one."""
+    known = weakref.ref(owner)
+
+    def told() -> None:
+        if (mine := known()) is not None:
+            let_go(mine)
+
+    os.register_at_fork(after_in_child=told)

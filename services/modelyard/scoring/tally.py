@@ -13,7 +13,7 @@ MODELS_COUNTED = 256
 OTHERS = "(other)"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Finished:
     """One answered call. ``status`` is the gRPC status name on every protocol; ``started_ns`` is
     ``time.time_ns()``, the other times are durations in nanoseconds; bodies are as they were on the wire."""

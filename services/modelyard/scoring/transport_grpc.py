@@ -38,6 +38,7 @@ class GrpcTransport(Transport, grpc.GenericRpcHandler):  # type: ignore[misc]
     def __init__(self, address: str, plane: DataPlane, tls: Tls | None = None) -> None:
         self._address, self._tls = address, tls
         self._plane = plane
+        plane.calls_trickle()
         self._codec, self._stream_codec = GrpcCodec(), StreamCodec()
         self._methods = {f"/{SERVICE}/{name}": handler for name, handler in self._handlers().items()}
         self._health = health_aio.HealthServicer()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from modelyard.adapters import urls
-from modelyard.adapters.images_registry_http import loopback
 from modelyard.adapters.images_registry_login import Login, login
+from modelyard.adapters.images_registry_proxy import loopback
 from modelyard.core.errors import Invalid
 
 AUTH = base64.b64encode(b"somebody:pass:word").decode()
@@ -57,6 +57,7 @@ async def test_hosts_as_they_are_written(config: Path, host: str, key: str) -> N
 @pytest.mark.parametrize(("entry", "found"), [
     ({"username": "u", "password": "p"}, Login("u", "p")),
     ({"identitytoken": "t", "auth": AUTH}, Login(identity="t")),
+    ({"registrytoken": "r", "identitytoken": "t", "auth": AUTH}, Login(token="r")),
     ({}, None), ([], None),
 ])
 async def test_what_an_entry_may_hold(config: Path, entry: Any, found: Login | None) -> None:

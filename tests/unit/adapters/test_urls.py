@@ -86,3 +86,22 @@ async def test_a_missing_extra_is_answered_with_the_line_that_installs_it(monkey
     monkeypatch.setitem(urls.BUSES, "amqp", urls.Adapter("bus_amqp", "AmqpBus", extra="amqp"))
     with pytest.raises(Invalid, match=r"pip install 'modelyard\[amqp\]'"):
         await urls.open_bus("amqp:///x")
+
+
+@pytest.mark.parametrize(("url", "told"), [
+    ("docker://?dockerfiles=", "dockerfiles is none"), ("docker://?dockerfiles=a+b", "dockerfiles is none"),
+    ("docker://?dockerfiles=none&build_s=0", "above 0"), ("docker://?dockerfiles=none&build_cpus=many", "number"),
+    ("docker://?dockerfiles=none&colour=red", "unknown option"),
+    ("docker://10.0.0.1:2375?dockerfiles=none", "another machine"),
+])
+async def test_a_builder_that_cannot_be_meant(url: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(Invalid) as caught:
+        await urls.open_builder({"docker": url}, tmp_path)
+    assert told in caught.value.message
+
+
+async def test_a_docker_target_builds_dockerfiles_only_where_its_url_says_so(tmp_path: Path) -> None:
+    assert await urls.open_builder({"local": "process://", "docker": "docker://?network=none"}, tmp_path) is None
+    builder = await urls.open_builder({"a": "docker://", "b": f"docker://{tmp_path}/x.sock?dockerfiles=none"}, tmp_path)
+    assert builder is not None
+    await builder.close()

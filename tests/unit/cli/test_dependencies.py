@@ -44,6 +44,23 @@ def test_what_is_wrong_with_a_file_is_told_before_a_yard_is_asked(
     assert done.stderr.startswith("error: ") and all(line in done.stderr for line in lines), done.stderr
 
 
+@pytest.mark.parametrize(("options", "files", "told"), [
+    ([], {"requirements_txt": "numpy\n-e .\n"}, "requirements.txt line 2: editable"),
+    ([], {"environment_yml": "dependencies: [libgomp]\n"}, "libgomp (line 1)"),
+    (["--image", "Not_a_name"], {}, "Image 'Not_a_name'"), (["--model", "no/name"], {}, "Model 'no/name'"),
+    (["--env", "A"], {}, "--env"),
+])
+def test_deploy_looks_at_all_that_is_here_before_it_makes_anything(
+    tmp_path: Path, options: list[str], files: dict[str, str], told: str,
+) -> None:
+    """At this address nobody would take a model."""
+    folder = folder_of(tmp_path / "iris", **files)
+    (folder / "weights.bin").write_bytes(b"w")
+    done = CliRunner().invoke(
+        app, ["--url", "http://127.0.0.1:1", "deploy", str(folder), "--name", "iris", *options])
+    assert done.exit_code in (1, 2) and told in done.stderr, done.stderr
+
+
 def test_the_first_file_of_dependencies_is_read(tmp_path: Path) -> None:
     tools, project, conda = "[tool.ruff]\n", "[project]\nname = 'x'\n", "dependencies: []\n"
     for files, first, unread in (

@@ -4,7 +4,6 @@ import doctest
 from pathlib import Path
 
 import pytest
-from sklearn.linear_model import LogisticRegression
 
 from modelyard import AsyncClient, AsyncScoringClient, Client
 from modelyard.client.capture import AsyncCapture
@@ -27,6 +26,7 @@ WATCH = [
 def iris(path: Path) -> None:
     from skl2onnx import to_onnx
     from sklearn.datasets import load_iris
+    from sklearn.linear_model import LogisticRegression
 
     x, y = load_iris(return_X_y=True)
     graph = to_onnx(LogisticRegression(max_iter=200).fit(x, y), x[:1].astype("float32"), options={"zipmap": False})

@@ -21,7 +21,6 @@ from modelyard.adapters import urls
 from modelyard.adapters.blobs_dir import DirBlobs, DirGrants
 from modelyard.adapters.bus_sqlite import SqliteBus
 from modelyard.adapters.images_layout import LayoutImages
-from modelyard.adapters.store_sqlite import SqliteStore
 from modelyard.core.archives import pack
 from modelyard.image_builder.model import Image
 from modelyard.kernel.forward import Peers
@@ -154,9 +153,9 @@ async def deployer(phases: dict[str, str]) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def running(data: Path, store: str = "") -> AsyncIterator[Yard]:
+async def running(data: Path, store: str = "", documents: str = "") -> AsyncIterator[Yard]:
     """A yard over a data folder; a second one over the same folder is the same yard restarted. ``store`` is the URL of
-    its image store, when that is not in the folder."""
+    its image store and ``documents`` that of its documents, when they are not in the folder."""
     data.mkdir(parents=True, exist_ok=True)
     bus = await SqliteBus.open(data / "yard.db")
     blobs, peers = DirBlobs(data / "blobs"), Peers({}, TOKEN)
@@ -164,8 +163,9 @@ async def running(data: Path, store: str = "") -> AsyncIterator[Yard]:
     hosted, work = [], []
     for service in (registry.SERVICE, image_builder.SERVICE):
         wakes = Wakes()
-        ctx = Context(service=service.name, store=await SqliteStore.open(data / "yard.db", service.name), blobs=blobs,
-                      images=images, grants=DirGrants(data / "blobs"), targets={}, peers=peers, data=data,
+        ctx = Context(service=service.name, blobs=blobs, images=images,
+                      store=await urls.open_store(documents or f"sqlite://{data}/yard.db", service.name),
+                      grants=DirGrants(data / "blobs"), targets={}, peers=peers, data=data,
                       wake=wakes.wake, open_images=urls.open_images)
         hosted.append(Hosted(service, ctx))
         work.append(run_service(ctx, service, bus, wakes))

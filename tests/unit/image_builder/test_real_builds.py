@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from modelyard.image_builder import uv
+from modelyard.image_builder.build import BUILD
 from modelyard.image_builder.locks import read_lock
 from modelyard.image_builder.log import BuildLog
 
@@ -157,4 +158,28 @@ async def test_deleting_stops_a_build(yard: Yard, monkeypatch: pytest.MonkeyPatc
     answer = await yard.call("DELETE", "/v1/images/stuck:1")
     assert answer.status == 202 and answer.json["phase"] == "cancelled"
     await asyncio.wait_for(yard.gone("stuck:1"), 5)
+    silent.close()
+
+
+async def test_what_waits_in_the_queue_is_cancelled_and_never_built(
+        yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All builders are held up by a silent index; the one behind them is deleted before its turn."""
+    silent = await asyncio.start_server(lambda reader, writer: asyncio.sleep(3600), "127.0.0.1", 0)
+    monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}/simple")
+    score = await yard.upload(SCORE)
+    for n in range(BUILD.parallel):
+        await yard.post(name=f"stuck-{n}", score=score, requirements=[f"six=={n}"])
+
+    async def all_begun() -> bool:
+        return len((await yard.call("GET", "/v1/images?phase=building")).json["items"]) == BUILD.parallel
+
+    await yard.until(all_begun)
+    await yard.post(name="behind", score=score, lock=await yard.upload(b""))
+    answer = await yard.call("DELETE", "/v1/images/behind:1")
+    assert answer.status == 202 and answer.json["phase"] == "cancelled"
+    for n in range(BUILD.parallel):
+        await yard.call("DELETE", f"/v1/images/stuck-{n}:1")
+    await yard.gone("behind:1")
+    topics = {event.topic for event in await yard.events() if event.subject == "behind:1"}
+    assert topics == {"image.requested", "image.deleted"}
     silent.close()

@@ -91,7 +91,8 @@ async def test_versions_rise_and_the_bare_name_is_the_highest_ready_one(yard: Ya
 
 async def test_many_requests_for_one_name_get_one_version_each(yard: Yard) -> None:
     score, lock = await yard.upload(SCORE), await yard.upload(b"")
-    docs = await asyncio.gather(*(yard.post(name="busy", score=score, lock=lock) for _ in range(12)))
+    docs = await asyncio.gather(
+        *(yard.post(name="busy", score=score, lock=lock, tags={"nr": str(n)}) for n in range(12)))
     assert sorted(d["version"] for d in docs) == list(range(1, 13))
     done = [await yard.over(d["id"]) for d in docs]
     assert {d["phase"] for d in done} == {"ready"} and len({d["digest"] for d in done}) == 1
@@ -118,6 +119,9 @@ async def test_lists_filter_by_model_tag_and_name(yard: Yard) -> None:
     assert await ids("model=iris:2") == ["second:1"]
     assert await ids("tag=team=flora&tag=stage") == ["first:1"]
     assert await ids("name=second&phase=ready") == ["second:1"]
+    digest = (await yard.call("GET", "/v1/images/second:1")).json["digest"]
+    assert await ids(f"digest={digest}") == ["second:1"] and await ids(f"digest=sha256:{'0' * 64}") == []
+    assert (await yard.call("GET", "/v1/images?digest=sha256:12")).status == 422
     assert (await yard.call("GET", "/v1/images?colour=red")).status == 422
     page = (await yard.call("GET", "/v1/images?limit=1")).json
     assert len(page["items"]) == 1 and page["next"]

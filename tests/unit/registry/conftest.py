@@ -14,13 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import joblib
 import pytest
-import skops.io
 from aiohttp import web
-from skl2onnx import to_onnx
-from sklearn.datasets import load_iris
-from sklearn.linear_model import LogisticRegression
 
 from modelyard.adapters.blobs_dir import DirBlobs, DirGrants
 from modelyard.adapters.images_layout import LayoutImages
@@ -156,6 +151,12 @@ async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
 @pytest.fixture(scope="session")
 def files() -> dict[str, bytes]:
     """One small trained model, as the files that people have."""
+    import joblib
+    import skops.io
+    from skl2onnx import to_onnx
+    from sklearn.datasets import load_iris
+    from sklearn.linear_model import LogisticRegression
+
     x, y = load_iris(return_X_y=True)
     fitted = LogisticRegression(max_iter=500).fit(x, y)
     plain, packed = io.BytesIO(), io.BytesIO()

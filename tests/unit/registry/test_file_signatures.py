@@ -6,19 +6,16 @@ import io
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightgbm
 import numpy as np
 import pytest
-import skops.io
-import xgboost
-from sklearn.linear_model import LinearRegression, LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from tests.unit.registry.conftest import Registry
 from tests.unit.registry.test_claims import folder
+
+if TYPE_CHECKING:  # what makes models is read by the tests that make one: every worker reads this file
+    import xgboost
 
 TORCH = Path(__file__).parents[1] / "golden" / "torch"
 X = np.arange(90.0).reshape(30, 3) % 7
@@ -31,10 +28,14 @@ def out(datatype: str, *shape: int) -> list[dict[str, Any]]:
 
 
 def booster(objective: str, y: Any, names: list[str] | None = None, **more: Any) -> xgboost.Booster:
+    import xgboost
+
     return xgboost.train({"objective": objective, "nthread": 1, **more}, xgboost.DMatrix(X, y, feature_names=names), 3)
 
 
 def light(objective: str, y: Any, names: Any = "auto", **more: Any) -> bytes:
+    import lightgbm
+
     given = {"objective": objective, "verbose": -1, "num_threads": 1, "min_data_in_leaf": 2, **more}
     return lightgbm.train(given, lightgbm.Dataset(X, y, feature_name=names), 3).model_to_string().encode()
 
@@ -63,6 +64,11 @@ async def test_lightgbm(registry: Registry) -> None:
 
 
 async def test_skops(registry: Registry) -> None:
+    import skops.io
+    from sklearn.linear_model import LinearRegression, LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     for model, outputs in ((LogisticRegression().fit(X, CLASSES), out("INT64")),
                            (make_pipeline(StandardScaler(), LogisticRegression()).fit(X, CLASSES), out("INT64")),
                            (LogisticRegression().fit(X, np.array(["a", "b", "c"])[CLASSES]), out("BYTES")),

@@ -11,32 +11,32 @@ import pytest
 
 from modelyard.core.tensors import Tensor
 from modelyard.scoring.calls import Call, QueueFull
-from modelyard.scoring.jobs import Batch
 from modelyard.scoring.speed import Speed
 from tests.unit.scoring.planes import grpc_call, open_plane
 
 SLOW = "import time\ndef run(data):\n    time.sleep(0.01)\n    return data\n"
 
 
-def begun(calls: int, ago_s: float = 0.0) -> Batch:
-    batch = Batch([None] * calls)  # type: ignore[list-item]
-    batch.began = time.monotonic() - ago_s
-    return batch
-
-
 def test_nobody_is_refused_before_calls_have_waited_for_each_other() -> None:
     speed = Speed()
     speed.took(5.0, 1, more=False)
-    assert speed.hopeless(0.001, 500, [begun(64)]) == 0.0 and speed.together(time.monotonic(), 64) == 64
+    speed.begun(64, time.monotonic())
+    assert speed.hopeless(0.001, 500) == 0.0 and speed.together(time.monotonic(), 64) == 64
 
 
 def test_a_call_is_hopeless_when_what_is_before_it_needs_its_time() -> None:
     speed = Speed()
     speed.took(0.1, 10, more=True)
-    assert speed.hopeless(1.0, 60, []) == 0.0
-    assert speed.hopeless(1.0, 80, []) == pytest.approx(0.8)
-    assert speed.hopeless(1.0, 60, [begun(20)]) == pytest.approx(0.8, abs=0.05), "what is begun has yet to end"
-    assert speed.hopeless(1.0, 60, [begun(20, ago_s=5)]) == 0.0, "what takes longer than it should says nothing"
+    assert speed.hopeless(1.0, 60) == 0.0
+    assert speed.hopeless(1.0, 80) == pytest.approx(0.8)
+    speed.begun(20, time.monotonic())
+    assert speed.hopeless(1.0, 60) == pytest.approx(0.8, abs=0.05), "what is begun has yet to end"
+    speed.ended(20)
+    assert speed.hopeless(1.0, 60) == 0.0
+    speed.begun(20, time.monotonic() - 5)
+    assert speed.hopeless(1.0, 60) == 0.0, "what takes longer than it should says nothing"
+    speed.overlapping = True
+    assert speed.hopeless(1.0, 60) == pytest.approx(0.8), "of several at once none is known to be nearly done"
 
 
 def test_batches_are_small_enough_for_their_first_call() -> None:

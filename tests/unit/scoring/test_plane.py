@@ -276,11 +276,11 @@ async def test_short_predictions_of_ours_run_inline(tmp_path: Path, two_models: 
             await infer(plane, FLOWER.astype("f4"))
             job = plane.submit(grpc_call("flower", Tensor("x", FLOWER.astype("f4"))), lambda answer: None)
             await asyncio.sleep(0)  # one turn of the loop, after which nothing that a thread did can have arrived
-            if job.answer is not None:
+            if job.settled:
                 break
-            while job.answer is None:  # alone to the end: calls that overlap are waited for
+            while not job.settled:  # alone to the end: calls that overlap are waited for
                 await asyncio.sleep(0)
-        assert job.answer is not None and job.answer.status == "OK"
+        assert job.settled and job.status == "OK"
 
 
 async def test_not_loaded_is_unavailable() -> None:
