@@ -73,6 +73,9 @@ def build(
     env: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Public environment, baked in.")] = None,
     time_limit: Annotated[int | None, typer.Option(
         min=1, metavar="SECONDS", help="A build that takes longer fails: 1800 unless said otherwise.")] = None,
+    onnx: Annotated[bool, typer.Option(
+        "--onnx/--no-onnx", help="Serve small scikit-learn models as ONNX, where that answers the same on their "
+                                 "samples and rows about them; the log says which, and why not.")] = False,
     tag: Tags = None, property: Properties = None, description: Description = None, wait: Wait = True,
     output: Output = Format.table,
 ) -> None:
@@ -89,7 +92,7 @@ def build(
             name, models=model or [], score=score, requirements=needs, lock=lock, python=python,
             platform=platform, base=base, dockerfile=dockerfile, env=pairs(env, "--env"), tags=pairs(tag, "--tag"),
             properties=pairs(property, "--property"), description=description, timeout_s=time_limit,
-            on_progress=steps)
+            onnx=onnx or None, on_progress=steps)
         if wait:
             image = built(yard, image, steps)
         steps.done(f"image {image.id} is {image.phase}")

@@ -79,7 +79,7 @@ class AsyncImages:
         dockerfile: str | Path | None = None, env: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None, properties: Mapping[str, str] | None = None,
         description: str | None = None, timeout_s: int | None = None,
-        on_progress: OnProgress | None = None,
+        onnx: bool | None = None, on_progress: OnProgress | None = None,
     ) -> AsyncImage:
         """Asks for the next version of ``name`` and returns at once; ``wait`` on the answer.
 
@@ -88,8 +88,9 @@ class AsyncImages:
         ``pyproject.toml[gpu]``) or a conda ``environment.yml``, whose Python the image gets unless ``python`` says
         another; ``lock`` a lock to use as it is; ``timeout_s`` how long the build may take (30 min). ``base`` is what
         the image stands on. In its place ``dockerfile``, a folder with a ``Dockerfile`` at its top (or that file
-        alone), is built by the yard's Docker Engine; what its ``.dockerignore`` names stays here. Raises Invalid with
-        every problem that can be seen before building.
+        alone), is built by the yard's Docker Engine; what its ``.dockerignore`` names stays here. With ``onnx``
+        small scikit-learn models that have a sample are served as ONNX, where that answers the same. Raises Invalid
+        with every problem that can be seen before building.
 
         >>> image = yard.images.build("iris-scorer", models=[model]).wait()
         >>> image.id, image.phase
@@ -102,7 +103,7 @@ class AsyncImages:
             requirements=needs.requirements, constraints=needs.constraints,
             lock=await self._stored(lock, on_progress), python=python or needs.python, platform=platform, base=base,
             dockerfile=await self._context(dockerfile, on_progress), env=env, tags=tags, properties=properties,
-            description=description, timeout_s=timeout_s,
+            description=description, timeout_s=timeout_s, onnx=onnx,
         )
         return await self.create(body)
 

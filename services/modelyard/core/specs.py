@@ -167,6 +167,8 @@ class ImageSpec(Spec):
     auto_delete: bool = False
     timeout_s: Annotated[int, Field(ge=1, le=86_400)] = 1800
     """A build that takes longer, in seconds, fails."""
+    onnx: bool = False
+    """Serve small scikit-learn models as ONNX where that answers the same on their samples and rows about them."""
 
 
 class Traffic(Spec):

@@ -57,6 +57,8 @@ class ImageView(ImageSpec):
     """Model id → ``{"inputs": [{"name", "datatype", "shape"}], "outputs": […]}``."""
     samples: dict[str, Any] = Field(default_factory=dict)
     """Model id → an input that it takes, as a body of ``/score``."""
+    served_as: dict[str, str] = Field(default_factory=dict)
+    """Model id → ``onnx``, where the image holds a graph that was made of the model."""
 
 
 class Key(BaseModel):

@@ -22,6 +22,7 @@ from ..kernel.service import Context
 from . import parts, serving, sources, store
 from .bases import Base
 from .config import MANIFEST, about, digest_of, encode, labels, manifest, oci_config
+from .convert import Converter
 from .dockerfiles import Dockerfiles
 from .environment import Environments, told
 from .keys import signer
@@ -50,6 +51,7 @@ class Result:
     lock_digest: str
     python: str
     signatures: dict[str, Signature]
+    served_as: dict[str, str]
 
 
 class Scratch:
@@ -81,7 +83,7 @@ class Build:
         self.cache = Cache()
         self.memo = Memo(ctx.data / "image-builder" / "memo", self.cache)
         self.places = [parts.Place.of(m, doc.score is not None) for m in doc.inputs]
-        self.needs = parts.needs(self.places)
+        self.looked: set[str] = set()
         self.server: Sequence[str] = ()
         self.packages: list[dict[str, str]] = []
         self.layers: list[Layer] = []
@@ -103,13 +105,19 @@ class Build:
             context = await self.bring(doc.dockerfile, "the Dockerfile's folder", "dockerfile")
             own = Dockerfiles(self.ctx, doc, self.log, self.memo, self.scratch.folder)
             self.stand_on(await own.base(doc.dockerfile, context))
-        lock = await self.environment(await self.locked(await self.fetch()))
+        given = await self.fetch()
+        lock = await self.environment(await self.locked(given))
         pieces = await self.work(self.pieces)
         self.layers += await store.together([self.added(made) for made in pieces])
         for place, layer in zip(self.places, self.model_layers(), strict=True):
             if layer.size > sources.BATCH:
                 await self.memo.put(self._model_key(place), store.pack([layer]))
         return await self.publish(lock)
+
+    @property
+    def graphs(self) -> dict[str, parts.Graph]:
+        """Those that stand for models, by model id."""
+        return {p.model.id: p.graph for p in self.places if p.graph is not None}
 
     def model_layers(self) -> list[Layer]:
         """They stand before the last one."""
@@ -139,7 +147,7 @@ class Build:
             served = serving.Served(place.kind)
             if place.kind in serving.LOOKED and not isinstance(source, Layer):
                 served = await asyncio.to_thread(serving.look, place.kind, model, source)
-                self.needs |= served.needs
+                self.looked |= served.needs
             problems += [*served.problems, *self.signed(place, served.kind)]
         if problems:
             raise BuildFailed("; ".join(problems))
@@ -174,7 +182,18 @@ class Build:
     async def locked(self, given: Lock | None) -> Lock:
         """The lock of this image, and what is to be said of it."""
         resolver = Resolver(self.ctx, self.doc, self.log, self.memo, self.scratch.folder, self.sdists)
-        lock = await resolver.lock(given, {*self.server, *self.needs})
+        plain, sources_of = self.places, {p.model.id: s for p, s in zip(self.places, self.models, strict=True)
+                                          if not isinstance(s, Layer)}
+        converter = Converter(resolver, self.log, self.memo, self.scratch.folder, (self.ctx.data,))
+        self.places = await converter.all(plain, sources_of)
+        try:
+            lock = await resolver.lock(given, {*self.server, *self.looked, *parts.needs(self.places)})
+        except BuildFailed as exc:
+            if self.places == plain:
+                raise
+            self.log.note(f"scikit-learn serves, not ONNX: the image's packages cannot be had with it: {exc.message}")
+            self.places = plain
+            lock = await resolver.lock(given, {*self.server, *self.looked, *parts.needs(self.places)})
         if any(p.kind == "pytorch" for p in self.places) and any(p.name.startswith("nvidia-") for p in lock.pins):
             self.log.note(serving.CUDA)
         return lock
@@ -207,7 +226,8 @@ class Build:
         for place, source in zip(self.places, self.models, strict=True):
             out.append(source if isinstance(source, Layer) else parts.model_layer(place, source))
         said = about(self.doc.python_version, bool(self.doc.score),
-                     [(p.model, p.path, p.framework or "") for p in self.places], self.signatures)
+                     [(p.model, p.path, p.framework or "") for p in self.places], self.signatures,
+                     {id: graph.told for id, graph in self.graphs.items()})
         return [*out, parts.about_layer(said)]
 
     def _model_key(self, place: parts.Place) -> str:
@@ -252,10 +272,12 @@ class Build:
             except Invalid as exc:
                 raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
 
-        holds = Contents(self.packages, parts.code_layer().layer, lock_digest, self.base)
+        holds = Contents(self.packages, parts.code_layer().layer, lock_digest, self.base,
+                         {id: graph.digest for id, graph in self.graphs.items()})
         await store.together([put(), self.say(digest, holds)])
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
-        return Result(digest, size, lock_digest, doc.python_version, self.signatures)
+        return Result(digest, size, lock_digest, doc.python_version, self.signatures,
+                      dict.fromkeys(self.graphs, "onnx"))
 
     async def say(self, digest: str, holds: Contents) -> None:
         """What the image is made of and who made it, kept; it is attached to the image once that is ready."""

@@ -101,7 +101,7 @@ async def _over(ctx: Context, doc: Image, log: BuildLog, outcome: Result | str) 
         return lambda newest: failed(newest, now, outcome)
     return lambda newest: built(newest, now, digest=outcome.digest, size=outcome.size,
                                 lock_digest=outcome.lock_digest, python=outcome.python,
-                                signatures=outcome.signatures)
+                                signatures=outcome.signatures, served_as=outcome.served_as)
 
 
 async def _unless_deleted(ctx: Context, doc: Image, work: Coroutine[Any, Any, Change[Image]]) -> Change[Image]:

@@ -50,16 +50,21 @@ def digest_of(data: bytes) -> str:
 
 
 def about(python: str, score: bool, models: Sequence[tuple[ModelInput, str, str]],
-          signatures: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """``image.json``: models as (input, path below ``/opt/modelyard``, framework); signatures by model id. Samples are
-    in it where the models' own flavours serve them."""
+          signatures: Mapping[str, Mapping[str, Any]], converted: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """``image.json``: models as (input, path below ``/opt/modelyard``, framework); signatures by model id, and by that
+    what the server must know of a graph that was made of a model. Samples are in it where the models' own flavours
+    serve them."""
     return encode({
         "format": 1, "python": python, "score": "score/score.py" if score else None,
         "models": [{
-            "name": m.name, "version": m.version, "framework": framework, "framework_version": m.framework_version,
+            "name": m.name, "version": m.version, "framework": framework,
+            "framework_version": None if m.id in converted else m.framework_version,
             "path": path, "trusted": m.trusted, "properties": m.properties,
             **({"signature": signatures[m.id]} if m.id in signatures else {}),
             **({"sample": m.sample} if m.sample and not score else {}),
+            **({"converted_from": {"artifact": m.artifact, "framework": m.framework,
+                                   "framework_version": m.framework_version},
+                "answers": converted[m.id]} if m.id in converted else {}),
         } for m, path, framework in models],
     })
 

@@ -78,6 +78,7 @@ class Image(Document):
     description: str = ""
     auto_delete: bool = False
     timeout_s: int = 1800
+    onnx: bool = False
 
     phase: Phase = "queued"
     reason: str | None = None
@@ -88,6 +89,8 @@ class Image(Document):
     """Model id → what it takes and gives (``core/signatures.py``), where the models' own flavours serve."""
     samples: dict[str, Any] = Field(default_factory=dict)
     """Model id → an input that it takes, as a body of ``/score``."""
+    served_as: dict[str, str] = Field(default_factory=dict)
+    """Model id → ``onnx``, where the image holds a graph that was made of the model."""
     observed_generation: int = 0
     conditions: list[Condition] = Field(default_factory=list)
 
@@ -148,13 +151,14 @@ def building(doc: Image, now: datetime) -> Step | None:
 
 
 def built(doc: Image, now: datetime, *, digest: str, size: int, lock_digest: str, python: str,
-          signatures: Mapping[str, dict[str, Any]]) -> Step:
+          signatures: Mapping[str, dict[str, Any]], served_as: Mapping[str, str]) -> Step:
     """The image is in the store. Due once more: what is said of it is attached to it then."""
     if doc.deleting:
         return _again(doc, now)
     done = doc.evolve(
         phase="ready", digest=digest, size=size, lock_digest=lock_digest, python=python, reason=None, updated=now,
-        signatures=dict(signatures), samples={} if doc.score else {m.id: m.sample for m in doc.inputs if m.sample},
+        signatures=dict(signatures), served_as=dict(served_as),
+        samples={} if doc.score else {m.id: m.sample for m in doc.inputs if m.sample},
         observed_generation=doc.generation, due=now,
         conditions=_with(doc, _condition("Built", "True", "Built", f"{digest}, {size} bytes", now)))
     return done, (Fact("image.built"),)

@@ -62,22 +62,62 @@ def converted(model: Any, sample: Any) -> tuple[bytes, dict[str, Any]]:
     columns = getattr(model, "n_features_in_", None)
     if not isinstance(columns, int):
         raise Refused("the number of its columns is not known")
-    rows = compared_rows(columns, sample)
-    wanted = {name: np.asarray(getattr(model, name)(rows)) for name in METHODS if hasattr(model, name)}
-    if any(len(value) != len(rows) for value in wanted.values()):
+    refusals = refused(model, columns)
+    asked = requests(compared_rows(columns, sample), refusals)
+    wanted = [{name: np.asarray(getattr(model, name)(rows)) for name in METHODS if hasattr(model, name)}
+              for rows in asked]
+    if any(len(value) != len(rows) for rows, one in zip(asked, wanted, strict=True) for value in one.values()):
         raise Refused("its outputs do not go row by row")
+    outputs = [{name: {"dtype": value.dtype.str, "row": value.shape[1:]} for name, value in one.items()}
+               for one in wanted]
+    if any(one != outputs[0] for one in outputs):
+        raise Refused("the type of its outputs depends on that of its input")
+    classes = getattr(model, "classes_", None)
+    said = {"outputs": outputs[0], "refusals": refusals, "columns": columns, "rows": sum(map(len, asked)),
+            "classes": len(classes) if isinstance(classes, np.ndarray) else None}
     reasons = []
     for dtype in (np.float64, np.float32):
         try:
             graph = onnx_of(model, columns, dtype)
-            worst = differences(wanted, answers(graph, rows, dtype, wanted))
+            worst = max(differences(one, answers(graph, rows, dtype, one))
+                        for rows, one in zip(asked, wanted, strict=True))
         except Refused as exc:
             reasons.append(str(exc))
         except Exception as exc:  # noqa: BLE001 - the converter raises what it likes
             reasons.append(f"it does not convert: {type(exc).__name__}: {exc}".replace("\n", " ")[:300])
         else:
-            return graph, {"precision": np.dtype(dtype).name, "rows": len(rows), "largest": worst, "columns": columns}
+            return graph, {**said, "precision": np.dtype(dtype).name, "largest": worst}
     raise Refused(reasons[-1])
+
+
+def refused(model: Any, columns: int) -> dict[str, str]:
+    """What the model refuses, and its words for it: a graph would answer."""
+    whole = np.ones((1, columns))
+    tried = {"nan": whole * np.nan, "inf": whole * np.inf, "inf of float32": (whole * np.inf).astype(np.float32),
+             "large": whole * 1e300, "over float32": whole * 1e39, "none": whole[:0],
+             "text": np.array([["1.5"] * columns])}
+    found = {}
+    for name, rows in tried.items():
+        try:
+            model.predict(rows)
+        except (ValueError, TypeError) as exc:
+            found[name] = str(exc)[:2000]
+    if ("large" in found) != ("over float32" in found):
+        raise Refused("what is too large for it is not known")
+    if "none" not in found:
+        raise Refused("it answers where there are no rows")
+    return found
+
+
+def requests(rows: np.ndarray, refusals: dict[str, str]) -> list[np.ndarray]:
+    """The rows as callers send them: FP64, with the odd values that the model takes in each column; FP32; INT64."""
+    odd = [value for name, values in (("nan", [np.nan]), ("inf", [np.inf, -np.inf]), ("large", [1e300, -1e300]))
+           if name not in refusals for value in values]
+    more = np.repeat(rows[:1], len(odd) * rows.shape[1], axis=0)
+    for number, value in enumerate(odd):
+        for column in range(rows.shape[1]):
+            more[number * rows.shape[1] + column, column] = value
+    return [np.concatenate([rows, more]), rows.astype(np.float32), np.clip(np.rint(rows), -2**53, 2**53).astype(np.int64)]
 
 
 def compared_rows(columns: int, sample: Any) -> np.ndarray:
@@ -126,11 +166,18 @@ def differences(wanted: dict[str, np.ndarray], given: dict[str, np.ndarray]) -> 
             if wrong := int((given[name] != right).sum()):
                 raise Refused(f"{name} is another in {wrong} of {len(right)} rows")
             continue
-        off = np.abs(given[name] - right)
-        allowed = RTOL * np.abs(right) + ATOL * min(1.0, float(np.abs(right).max()))
+        finite = np.isfinite(right)
+        if not (finite == np.isfinite(given[name])).all() or not np.array_equal(
+                right[~finite], given[name][~finite], equal_nan=True):
+            raise Refused(f"{name} is another where it is no number")
+        right, ours = right[finite], given[name][finite]
+        off = np.abs(ours - right)
+        scale = np.median(np.abs(right)) if right.size else 0.0
+        allowed = RTOL * np.abs(right) + ATOL * min(1.0, float(scale) or 1.0)
         if not (off <= allowed).all():
             raise Refused(f"{name} is off by up to {off.max():.3g} in {int((~(off <= allowed)).sum())} values")
-        worst = max(worst, float(off.max()))
+        off = off / np.maximum(1.0, np.abs(right))
+        worst = max(worst, float(off.max(initial=0)))
     return worst
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -128,11 +130,27 @@ def once(wanted: Iterable[str]) -> set[str]:
 
 
 @dataclass(frozen=True)
+class Graph:
+    """ONNX that was made of a model. ``runtime`` is the one that it was compared with (``onnxruntime==1.32.0``);
+    ``told`` is what a server needs to answer as the model does."""
+
+    data: bytes
+    runtime: str
+    told: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
+
+
+@dataclass(frozen=True)
 class Place:
-    """Where and as what a model stands in the image. ``kind`` is the flavour that serves it ("": a score.py does)."""
+    """Where and as what a model stands in the image. ``kind`` is the flavour that serves it ("": a score.py does);
+    ``graph`` stands there instead of the model, where it became one."""
 
     model: ModelInput
     kind: str
+    graph: Graph | None = None
 
     @classmethod
     def of(cls, model: ModelInput, score: bool) -> Place:
@@ -143,7 +161,7 @@ class Place:
         """Below ``/opt/modelyard``: the file, or the folder of a model that is one."""
         if self.model.unpack:
             return self.model.folder
-        given = self.model.filename
+        given = self.model.filename if self.graph is None else None
         return f"{self.model.folder}/{given if given not in (None, '.', '..') else NAMES[self.kind]}"
 
     @property
@@ -158,11 +176,14 @@ def needs(places: Iterable[Place]) -> set[str]:
         out |= NEEDS.get(place.kind, set())
         if place.kind in PINS and place.model.framework_version:
             out.add(PINS[place.kind].format(place.model.framework_version.partition("+")[0]))
+        if place.graph is not None:
+            out.add(place.graph.runtime)
     return out
 
 
 def model_layer(place: Place, source: Source) -> Made:
     """An uncompressed tar: weights do not shrink, and an unchanged part stays findable. Blocking."""
     root = f"{HOME}/{place.path}"
+    source = source if place.graph is None else place.graph.data
     pieces = tree(source, root) if place.model.unpack else tar([Entry(root, source)])
     return made(f"model: {place.model.id}", pieces, into=beside(source))

@@ -23,7 +23,7 @@ from .tarring import GZIP_LEVEL
 BUILD_TYPE = "urn:modelyard:image-build:v1"
 BUILDER = "urn:modelyard:image-builder"
 ASKED = ("models", "score", "requirements", "constraints", "lock", "python", "platform", "base",
-         "dockerfile", "env")
+         "dockerfile", "env", "onnx")
 
 
 @dataclass(frozen=True)

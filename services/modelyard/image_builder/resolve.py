@@ -35,18 +35,27 @@ class Resolver:
     async def lock(self, given: Lock | None, needs: Collection[str]) -> Lock:
         """The lock, kept where a repeated build finds it. ``needs``: requirements that are not the caller's."""
         where = image_key(self.doc.workspace, self.doc.id, "lock")
-        lock = given or await self._stored(where) or await self._resolved(needs)
+        lock = given or await self._stored(where, needs) or await self._resolved(needs)
         await self.ctx.blobs.put(where, store.Chunks(lock.text.encode()))
         names = ", ".join(p.text for p in lock.pins)
         self.log.note(f"locked {len(lock.pins)} packages: {names}" if lock.pins else EMPTY)
         return lock
 
-    async def _stored(self, where: str) -> Lock | None:
+    async def tools(self, needs: Collection[str]) -> Lock:
+        """Of what only the build uses, and the image's own requirements; the same when the build is repeated."""
+        where = image_key(self.doc.workspace, self.doc.id, "tools")
+        lock = await self._stored(where, needs) or await self._resolved(needs)
+        await self.ctx.blobs.put(where, store.Chunks(lock.text.encode()))
+        return lock
+
+    async def _stored(self, where: str, needs: Collection[str]) -> Lock | None:
+        """What an earlier try resolved; None where that needed something else (a model may have become a graph)."""
         try:
             raw = b"".join([chunk async for chunk in self.ctx.blobs.get(where)])
         except NotFound:
             return None
-        return read_lock(raw.decode())[0]
+        lock = read_lock(raw.decode())[0]
+        return None if lock.pins and lock.missing(sorted(needs)) else lock
 
     async def _resolved(self, needs: Collection[str]) -> Lock:
         doc = self.doc

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from packaging.utils import canonicalize_name
@@ -31,12 +31,14 @@ class Contents:
     server: Layer
     lock_digest: str
     base: Base | None = None
+    graphs: Mapping[str, str] = field(default_factory=dict)
+    """Model id → digest of the ONNX graph that stands in the image for it."""
 
 
 def sbom(image: Image, digest: str, holds: Contents) -> bytes:
     """The document."""
     root = f"image:{digest}"
-    parts = [*map(_package, holds.packages), _server(holds.server), *map(_model, image.inputs),
+    parts = [*map(_package, holds.packages), _server(holds.server), *(_model(m, holds.graphs.get(m.id)) for m in image.inputs),
              *([_score(image.score)] if image.score else ()), *([_base(holds.base)] if holds.base is not None else ())]
     said = {"lock": holds.lock_digest, "platform": image.platform, "python": image.python_version}
     return encode({
@@ -87,8 +89,13 @@ def _base(base: Base) -> dict[str, Any]:
     return {"bom-ref": f"base:{base.digest}", "type": "container", "name": base.name, "hashes": [_hash(base.digest)]}
 
 
-def _model(model: ModelInput) -> dict[str, Any]:
+def _model(model: ModelInput, graph: str | None) -> dict[str, Any]:
+    """As it was registered; a graph that was made of it has it as its ancestor."""
     said = _properties({"framework": model.framework, "framework_version": model.framework_version})
-    return {"bom-ref": f"model:{model.id}", "type": "machine-learning-model", "name": model.name,
-            "version": str(model.version), "hashes": [_hash(model.artifact)],
-            **({"properties": said} if said else {})}
+    own = {"type": "machine-learning-model", "name": model.name, "version": str(model.version),
+           "hashes": [_hash(model.artifact)], **({"properties": said} if said else {})}
+    if graph is None:
+        return {"bom-ref": f"model:{model.id}", **own}
+    return {"bom-ref": f"model:{model.id}", **own, "hashes": [_hash(graph)],
+            "properties": _properties({"framework": "onnx", "converted_from": f"{model.framework} {model.artifact}"}),
+            "pedigree": {"ancestors": [own]}}

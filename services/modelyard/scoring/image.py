@@ -35,6 +35,8 @@ class Model:
     """What it takes and gives, as its file or its registration says; empty: nobody does."""
     sample: Any = None
     """An input that it takes, as a body of ``/score``."""
+    answers: Mapping[str, Any] = field(default_factory=dict)
+    """Of a graph that was made of a scikit-learn model: what that gives and refuses."""
 
     @property
     def id(self) -> str:
@@ -79,7 +81,7 @@ class Image:
 def _model(root: Path, entry: Mapping[str, Any]) -> Model:
     return Model(entry["name"], str(entry["version"]), root / entry["path"], entry.get("framework") or "",
                  entry.get("framework_version") or "", entry.get("trusted") is True, entry.get("properties") or {},
-                 entry.get("signature") or {}, entry.get("sample"))
+                 entry.get("signature") or {}, entry.get("sample"), entry.get("answers") or {})
 
 
 def model_path(name: str, version: int | str | None = None) -> str:

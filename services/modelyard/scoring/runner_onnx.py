@@ -31,20 +31,7 @@ class OnnxRunner(RowRunner):
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-        try:
-            import onnxruntime as ort
-        except ImportError as exc:
-            raise CannotStart(f"model {model.id} needs the package onnxruntime: add it to the requirements") from exc
-        ort.disable_telemetry_events()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = cores()
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other models use the cores as well
-        try:
-            self._session = ort.InferenceSession(str(model.path), options, providers=ort.get_available_providers())
-        except Exception as exc:
-            raise CannotStart(f"model {model.id} is not an ONNX graph that can be run: {exc}") from exc
+        self._session = session(model)
         self.inputs = tuple(_slot(i) for i in self._session.get_inputs())
         self.outputs = tuple(_slot(o) for o in self._session.get_outputs())
         self._names = tuple(i.name for i in self.inputs)
@@ -83,6 +70,24 @@ class OnnxRunner(RowRunner):
         if array.dtype != wanted and not np.can_cast(array.dtype, wanted, "same_kind"):
             raise Invalid(f"tensor '{name}': the model takes {wanted}, not {array.dtype}")
         return array.astype(wanted, copy=False)
+
+
+def session(model: Model) -> Any:
+    """The graph, ready to run. Raises CannotStart."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime as ort
+    except ImportError as exc:
+        raise CannotStart(f"model {model.id} needs the package onnxruntime: add it to the requirements") from exc
+    ort.disable_telemetry_events()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = cores()
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other models use the cores as well
+    try:
+        return ort.InferenceSession(str(model.path), options, providers=ort.get_available_providers())
+    except Exception as exc:
+        raise CannotStart(f"model {model.id} is not an ONNX graph that can be run: {exc}") from exc
 
 
 def _slot(node: Any) -> Slot:

@@ -202,6 +202,13 @@ def _flavour(model: Model) -> Runner:
 def _onnx(model: Model) -> Runner:
     from .runner_onnx import OnnxRunner
 
+    if model.answers:
+        from .graph_estimator import GraphEstimator
+        from .runner_sklearn import SklearnRunner
+
+        runner = SklearnRunner(model, GraphEstimator(model))
+        runner.platform = OnnxRunner.platform
+        return runner
     return OnnxRunner(model)
 
 
