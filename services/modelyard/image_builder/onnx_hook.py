@@ -117,7 +117,8 @@ def requests(rows: np.ndarray, refusals: dict[str, str]) -> list[np.ndarray]:
     for number, value in enumerate(odd):
         for column in range(rows.shape[1]):
             more[number * rows.shape[1] + column, column] = value
-    return [np.concatenate([rows, more]), rows.astype(np.float32), np.clip(np.rint(rows), -2**53, 2**53).astype(np.int64)]
+    whole = np.clip(np.rint(rows), -2**53, 2**53).astype(np.int64)
+    return [np.concatenate([rows, more]), rows.astype(np.float32), whole]
 
 
 def compared_rows(columns: int, sample: Any) -> np.ndarray:

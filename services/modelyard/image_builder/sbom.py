@@ -38,7 +38,8 @@ class Contents:
 def sbom(image: Image, digest: str, holds: Contents) -> bytes:
     """The document."""
     root = f"image:{digest}"
-    parts = [*map(_package, holds.packages), _server(holds.server), *(_model(m, holds.graphs.get(m.id)) for m in image.inputs),
+    parts = [*map(_package, holds.packages), _server(holds.server),
+             *(_model(m, holds.graphs.get(m.id)) for m in image.inputs),
              *([_score(image.score)] if image.score else ()), *([_base(holds.base)] if holds.base is not None else ())]
     said = {"lock": holds.lock_digest, "platform": image.platform, "python": image.python_version}
     return encode({

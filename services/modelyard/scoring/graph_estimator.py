@@ -1,5 +1,5 @@
-"""An ONNX graph that was made of a scikit-learn model, in that model's place: it takes, gives and refuses what the model
-does. What that is was asked of the model when the image was built (``image_builder/onnx_hook.py``)."""
+"""An ONNX graph that was made of a scikit-learn model, in that model's place: it takes, gives and refuses what the
+model does. What that is was asked of the model when the image was built (``image_builder/onnx_hook.py``)."""
 
 from __future__ import annotations
 
