@@ -29,6 +29,7 @@ import uvloop
 
 from modelyard.core.inference import Inference, write_request
 from modelyard.core.tensors import Tensor
+from modelyard.image_builder import onnx_hook
 from modelyard.scoring.__main__ import _keep_memory
 from modelyard.scoring.capture import CaptureLog
 from modelyard.scoring.dataplane import DataPlane
@@ -115,6 +116,13 @@ class Driver:
             self._over.set_result(None)
 
 
+def as_onnx(model: models.Model, folder: Path) -> dict[str, Any]:
+    """The model as an image holds it that was asked for with ``--onnx``."""
+    graph, told = onnx_hook.converted(onnx_hook.load(model.file, True), {"data": model.rows.tolist()})
+    (folder / f"{model.name}-made.onnx").write_bytes(graph)
+    return {"file": folder / f"{model.name}-made.onnx", "framework": "onnx", "answers": told}
+
+
 async def measure(folder: Path, asked: argparse.Namespace) -> None:
     found = models.make(folder)
     cases = [("lr, 83 B", found["lr"]), ("mlp, 3 KB", found["mlp"]),
@@ -124,9 +132,12 @@ async def measure(folder: Path, asked: argparse.Namespace) -> None:
         body = b"\0" + len(request).to_bytes(4, "big") + request
         planes = []
         drivers = {"echo": echo.app}
-        for tag, spool in (("", None), (", captured", folder / f"spool-{n}")):
-            root = make_root(folder / f"{n}{bool(spool)}", None, [
-                {"name": model.name, "version": 1, "file": model.file, "trusted": True, "framework": model.framework}])
+        plain = {"file": model.file, "trusted": True, "framework": model.framework}
+        variants = [("", None, plain), (", captured", folder / f"spool-{n}", plain)]
+        if model.framework == "scikit-learn":
+            variants.append((", as ONNX", None, await asyncio.to_thread(as_onnx, model, folder)))
+        for tag, spool, fields in variants:
+            root = make_root(folder / f"{n}{tag}", None, [{"name": model.name, "version": 1, **fields}])
             policy = {"enabled": True, "spool_bytes": 16 << 30}
             log = CaptureLog.open(spool, "0", {"deployment": "flower"}, policy) if spool else None
             plane = DataPlane("flower", Limits(), log)

@@ -116,6 +116,11 @@ class ImageFields(Versioned):
         """Model id → an input that it takes, as a body of ``/score``."""
         return dict(self.document.get("samples") or {})
 
+    @property
+    def served_as(self) -> Mapping[str, str]:
+        """Model id → ``onnx``, where the image holds a graph that was made of the model."""
+        return dict(self.document.get("served_as") or {})
+
 
 class DeploymentFields(Fields):
     """A deployment."""

@@ -39,7 +39,7 @@ def test_what_answers_the_same_is_taken_and_is_the_same_bytes(tmp_path: Path) ->
     one, graph = offered(tmp_path / "one", model, {"data": x[:2].tolist()}, "1")
     two, again = offered(tmp_path / "two", model, {"data": x[:2].tolist()}, "2")
     assert one == two and graph and graph == again
-    assert one["precision"] == "float64" and one["largest"] < 1e-6, one  # of FP32, which scikit-learn scales in single precision
+    assert one["precision"] == "float64" and one["largest"] < 1e-6, one  # scikit-learn scales FP32 as such
 
 
 def test_what_differs_or_does_not_convert_is_refused_with_the_reason(tmp_path: Path) -> None:
