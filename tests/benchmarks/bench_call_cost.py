@@ -118,7 +118,7 @@ class Driver:
 
 def as_onnx(model: models.Model, folder: Path) -> dict[str, Any]:
     """The model as an image holds it that was asked for with ``--onnx``."""
-    graph, told = onnx_hook.converted(onnx_hook.load(model.file, True), {"data": model.rows.tolist()})
+    graph, told = onnx_hook.converted(onnx_hook.load(model.file, trusted=True), {"data": model.rows.tolist()})
     (folder / f"{model.name}-made.onnx").write_bytes(graph)
     return {"file": folder / f"{model.name}-made.onnx", "framework": "onnx", "answers": told}
 
