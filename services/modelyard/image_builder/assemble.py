@@ -88,7 +88,7 @@ class Build:
         self.base: Base | None = None
         self.uploads = asyncio.Semaphore(store.UPLOADS)
         self.score: sources.Source = b""
-        self.models: list[sources.Source | Layer] = []
+        self.models: list[sources.Source | parts.Made | Layer] = []
         self.signatures: dict[str, Signature] = {}
 
     async def run(self) -> Result:
@@ -134,10 +134,13 @@ class Build:
             problems += await asyncio.to_thread(parts.score_check, self.score)
         for number, place in enumerate(self.places):
             model, layer = place.model, await self.remembered(place)
-            source = layer or await self.bring(model.artifact, f"model '{model.id}'", f"model-{number}")
+            looked = place.kind in serving.LOOKED
+            source = layer or (await parts.stored_layer(self.ctx, doc, place)
+                               if model.size >= sources.BATCH and not looked and not model.unpack else
+                               await self.bring(model.artifact, f"model '{model.id}'", f"model-{number}"))
             self.models.append(source)
             served = serving.Served(place.kind)
-            if place.kind in serving.LOOKED and not isinstance(source, Layer):
+            if looked and isinstance(source, Path | bytes):
                 served = await asyncio.to_thread(serving.look, place.kind, model, source)
                 self.needs |= served.needs
             problems += [*served.problems, *self.signed(place, served.kind)]
@@ -205,7 +208,7 @@ class Build:
         if self.doc.score:
             out.append(parts.score_layer(self.score))
         for place, source in zip(self.places, self.models, strict=True):
-            out.append(source if isinstance(source, Layer) else parts.model_layer(place, source))
+            out.append(parts.model_layer(place, source) if isinstance(source, Path | bytes) else source)
         said = about(self.doc.python_version, bool(self.doc.score),
                      [(p.model, p.path, p.framework or "") for p in self.places], self.signatures)
         return [*out, parts.about_layer(said)]
