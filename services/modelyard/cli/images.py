@@ -46,7 +46,9 @@ def built(yard: Client, image: Image, steps: Steps) -> Image:
 
     try:
         return image.wait(on_progress=steps)
-    except BuildFailed:
+    except BuildFailed as exc:
+        if exc.code == "cancelled":  # its log went with it
+            raise
         steps.done(f"{image.id} failed; its log ends with")
         for line in image.log().splitlines()[-12:]:
             print(f"  {line}", file=sys.stderr)

@@ -200,7 +200,9 @@ class AsyncImages:
 
         def seen(document: dict[str, Any]) -> None:
             if on_progress:
-                on_progress(Progress("build", message=str(document.get("phase"))))
+                why = next((f", waiting: {c['message']}" for c in document.get("conditions") or ()
+                            if c.get("reason") == "Waiting"), "")
+                on_progress(Progress("build", message=f"{document.get('phase')}{why}"))
 
         ref = reference(image)
         where, what = path("images", ref), f"image '{ref}'"
@@ -208,6 +210,8 @@ class AsyncImages:
             begun = await settle(self._http, where, lambda d: d.get("phase") != "queued", math.inf, what, seen)
             timeout_s = float(begun.get("timeout_s") or BUILD_S) + LATER_S
         document = await settle(self._http, where, lambda d: d.get("phase") in OVER, timeout_s, what, seen)
+        if document["phase"] == "cancelled":
+            raise BuildFailed(f"image '{ref}' was cancelled: {reason_of(document)}", code="cancelled", image=ref)
         if document["phase"] != "ready":
             raise BuildFailed(
                 f"image '{ref}' {document['phase']}: {reason_of(document)}", image=ref,
