@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -43,8 +44,6 @@ COLUMNS: list[Column] = ["id", "phase", "models", "tags", "created"]
 
 def built(yard: Client, image: Image, steps: Steps) -> Image:
     """The image once it is ready; its log's last lines where the build failed."""
-    import sys
-
     from ..core.errors import BuildFailed
 
     try:
@@ -190,7 +189,11 @@ def export(
     form, place = wanted[0] if wanted else ("context", Path(f"{image.replace(':', '-')}.tar"))
     with connect() as yard, Steps() as steps:
         steps.start(f"exporting {image}")
-        print(yard.images.export(image, place, form=form, on_progress=steps))
+        found = yard.images.get(image)
+        print(yard.images.export(found.id, place, form=form, on_progress=steps))
+    if form == "context" and not (found.document.get("base") or found.document.get("dockerfile")):
+        print(f"note: {found.id} has no base, so what its Dockerfile stands on (FROM) is a guess: put your own there, "
+              "or build the image with --base", file=sys.stderr)
 
 
 @command(app, "sbom", "modelyard images sbom iris-scorer:7 > iris.cdx.json")
@@ -213,8 +216,6 @@ def lock(image: ImageRef) -> None:
 
 def _printed(image: str, what: Literal["sbom", "provenance", "lock"]) -> None:
     """Its bytes, and nothing added: others hash them."""
-    import sys
-
     with connect() as yard:
         sys.stdout.buffer.write(yard.images.kept(image, what))
 

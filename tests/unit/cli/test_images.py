@@ -68,6 +68,7 @@ def test_ways_out(live: Yard, signed: str, tmp_path: Path) -> None:
         to = tmp_path / f"{first}.tar"
         done = live.cli("images", "export", "signed", option, str(to))
         assert done.stdout == f"{to}\n" and "exporting signed" in done.stderr
+        assert ("(FROM) is a guess" in done.stderr) is (option == "--to"), "it has no base"
         with tarfile.open(to) as archive:
             assert archive.getnames()[0] == first
     live.cli("images", "export", signed, cwd=tmp_path)
