@@ -276,6 +276,8 @@ async def test_the_context_is_one_tar_that_says_how(yard: Yard) -> None:
         assert archive.extractfile("opt/modelyard/models/iris/1/model.bin").read() == b"weights"
     assert {"requirements.lock", "opt/modelyard/score/score.py", "opt/modelyard/image.json"} <= set(names)
     assert 'ENV A="b c"' in recipe and "USER 10001" in recipe
+    comment, base = recipe.splitlines()[1:3]
+    assert base.startswith("FROM python:3.") and "A GUESS: the image has no base" in comment
     bad = await yard.small(score=await yard.upload(b"x"))
     assert (await yard.call("GET", f"/v1/images/{bad['id']}/context")).status == 409
 
