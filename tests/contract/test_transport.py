@@ -154,6 +154,7 @@ def test_compressed_requests_are_understood(channel: grpc.Channel, kind: Any) ->
     assert [pb.ModelStreamInferResponse.FromString(a).infer_response.id for a in answers] == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_a_small_message_that_inflates_over_the_limit_is_refused(tmp_path: Path, served: Served) -> None:
     with serving(tmp_path, served.transport, limits={"max_message_bytes": MIB}) as it, \
             grpc.insecure_channel(it.address) as channel:

@@ -164,6 +164,7 @@ async def test_a_thousand_streams_at_once_on_one_connection(served: Served) -> N
         assert {await stream.code() for stream in streams} == {grpc.StatusCode.OK}
 
 
+@pytest.mark.slow
 async def test_a_thousand_calls_at_once_on_one_connection(served: Served) -> None:
     async with grpc.aio.insecure_channel(served.address) as channel:
         infer = channel.unary_unary(INFER)

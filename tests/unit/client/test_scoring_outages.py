@@ -126,6 +126,7 @@ def test_an_upgrade_under_load(tmp_path: Path, transport: str, repeat: bool) -> 
         assert len(bad) <= 16 and len(set(done)) == len(done)
 
 
+@pytest.mark.slow
 def test_an_item_that_ends_the_server_fails_alone(tmp_path: Path) -> None:
     """It is tried, first among others and then alone, and given up; the others are scored."""
     address = f"127.0.0.1:{free_ports(1)[0]}"

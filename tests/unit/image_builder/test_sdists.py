@@ -69,6 +69,7 @@ async def test_it_is_built_once_and_locked_by_both_hashes(
         assert "made with 7" in log and again["digest"] == doc["digest"], log
 
 
+@pytest.mark.slow
 async def test_a_lock_that_knows_only_the_source(tmp_path: Path, index: Path, yard: Yard) -> None:  # noqa: F811
     source = sdist(index, "foo", "1.0")
     doc, log = await built(yard, requirements=["foo"])

@@ -24,6 +24,7 @@ async def client(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[A
     silent.close()
 
 
+@pytest.mark.slow
 async def test_the_images_own_limit_decides(yard: Yard, client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     score = await yard.upload(SCORE)
     image = await client.images.build("slow", score=score, requirements=["six"], timeout_s=2)
@@ -37,6 +38,7 @@ async def test_the_images_own_limit_decides(yard: Yard, client: AsyncClient, mon
         await image.wait()
 
 
+@pytest.mark.slow
 async def test_the_time_in_the_queue_does_not_count(
         yard: Yard, client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four builds at once: the fifth waits for as long as those may take, and then builds for a moment."""
