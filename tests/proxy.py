@@ -1,91 +1,140 @@
-"""A little HTTP proxy: tunnels (CONNECT) and plain forwarding. It alone knows where the hosts of a test are."""
+"""A bad network on order: a TCP proxy before a server, in a thread of its own.
+
+    with Proxy(kafka.port) as wire:        # 127.0.0.1:{wire.port} → 127.0.0.1:{kafka.port}
+        wire.freeze()                      # connections stay, nothing comes through, neither way
+        wire.cut()                         # every connection is reset, new ones as well
+        wire.slow(0.1, 1_000_000)          # each piece 0.1 s later, at so many bytes a second
+        wire.cut_once(sent=1_000_000)      # the connection that carries this byte, from now on, is reset; others go on
+        wire.heal()
+
+``port`` to listen on may be given. What was held back by ``freeze`` comes through afterwards, as after packet loss.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import ssl
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
-from urllib.parse import urlsplit
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any, Self
 
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+PIECE = 1 << 16
 
 
 class Proxy:
-    """``hosts``: ``NAME:PORT`` → where that is on loopback. ``login``: the Proxy-Authorization that it wants, if any;
-    ``seen``: the first line of each request."""
+    def __init__(self, to: int, port: int = 0) -> None:
+        self.to, self.port = to, port
+        self.passed = self.sent = self.got = 0
+        """Bytes in all, to the server, and from it."""
+        self._cuts: dict[str, int] = {}
+        self._mode, self._late_s, self._bytes_s = "pass", 0.0, 0.0
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"proxy to {to}", daemon=True)
+        self._tasks: set[asyncio.Task[Any]] = set()
 
-    def __init__(self, hosts: Mapping[str, int]) -> None:
-        self.hosts, self.login, self.port = hosts, "", 0
-        self.seen: list[str] = []
+    # -- from any thread --------------------------------------------------------------------------------------------
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._open = asyncio.Event()
+        self._open.set()
+        self._server = asyncio.run_coroutine_threadsafe(
+            asyncio.start_server(self._serve, "127.0.0.1", self.port), self._loop).result(10)
+        self.port = int(self._server.sockets[0].getsockname()[1])
+        return self
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        first, *headers = head.rstrip().split("\r\n")
-        self.seen.append(first)
-        method, where, _ = first.split(" ")
-        given = {k.lower(): v.strip() for k, v in (line.split(":", 1) for line in headers)}
-        parts = urlsplit(where)
-        port = self.hosts.get(where if method == "CONNECT" else parts.netloc)
-        if self.login and given.get("proxy-authorization") != self.login:
-            await _end(writer, "407 Proxy Authentication Required")
-        elif port is None:
-            await _end(writer, "403 Forbidden")
-        else:
-            far = await asyncio.open_connection("127.0.0.1", port)
-            if method == "CONNECT":
-                writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            else:  # one request a connection: the next may be for another host
-                path = parts._replace(scheme="", netloc="").geturl() or "/"
-                kept = [line for line in headers if not line.lower().startswith(("proxy-", "connection:"))]
-                far[1].write("\r\n".join([f"{method} {path} HTTP/1.1", *kept, "Connection: close\r\n\r\n"])
-                             .encode("latin-1"))
-            await piped((reader, writer), far)
+    def __exit__(self, *exc: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
 
+    def heal(self) -> None:
+        """As if it were not there."""
+        self._set("pass")
 
-async def _end(writer: asyncio.StreamWriter, status: str) -> None:
-    writer.write(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
-    await writer.drain()
-    writer.close()
+    def freeze(self) -> None:
+        """A black hole: connections are taken and kept, and nothing is heard on them."""
+        self._set("freeze")
 
+    def cut(self) -> None:
+        """Every connection ends with a reset, and so does every new one."""
+        self._set("cut")
 
-async def piped(one: Streams, other: Streams) -> None:
-    """Both ways, until both have ended."""
-    async def way(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            while chunk := await reader.read(1 << 16):
-                writer.write(chunk)
-                await writer.drain()
-        writer.close()
+    def slow(self, late_s: float, bytes_s: float = 0.0) -> None:
+        """Each piece arrives ``late_s`` later, and at most ``bytes_s`` bytes a second (0: any number)."""
+        self._set("pass", late_s, bytes_s)
 
-    await asyncio.gather(way(one[0], other[1]), way(other[0], one[1]))
+    def cut_once(self, sent: int | None = None, got: int | None = None) -> None:
+        """So many bytes from now, all connections together, to the server or from it."""
+        self._cuts = {way: left for way, left in (("sent", sent), ("got", got)) if left is not None}
 
+    def _set(self, mode: str, late_s: float = 0.0, bytes_s: float = 0.0) -> None:
+        done = threading.Event()
 
-@asynccontextmanager
-async def listening(serve: Callable[..., object], tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
-    """The port of a server on loopback; its connections end with it."""
-    tasks: set[asyncio.Task[None]] = set()
+        def change() -> None:
+            self._mode, self._late_s, self._bytes_s = mode, late_s, bytes_s
+            (self._open.clear if mode == "freeze" else self._open.set)()
+            if mode == "cut":
+                for writer in list(self._writers):
+                    writer.transport.abort()
+            done.set()
 
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._call(change)
+        done.wait(10)
+
+    def _call(self, fn: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(fn)
+
+    # -- in the thread ----------------------------------------------------------------------------------------------
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        tasks.add(task)
+        self._tasks.add(task)
         try:
-            with suppress(ConnectionError, asyncio.IncompleteReadError):
-                await serve(reader, writer)  # type: ignore[misc]
+            if self._mode == "cut":
+                return
+            await self._open.wait()
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.to)
+            self._writers |= {writer, far_writer}
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._pump(reader, far_writer, "sent"))
+                    group.create_task(self._pump(far_reader, writer, "got"))
+            finally:
+                self._writers -= {writer, far_writer}
+                far_writer.transport.abort()
+        except (OSError, ExceptionGroup, asyncio.CancelledError):
+            return
         finally:
-            tasks.discard(task)
-            writer.close()
+            writer.transport.abort()
+            self._tasks.discard(task)
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        for task in [*tasks]:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
+        while piece := await reader.read(PIECE):
+            last = self._is_cut(way, len(piece))
+            await self._open.wait()
+            if late := self._late_s + (len(piece) / self._bytes_s if self._bytes_s else 0.0):
+                await asyncio.sleep(late)
+            writer.write(piece)
+            await writer.drain()
+            self.passed += len(piece)
+            setattr(self, way, getattr(self, way) + len(piece))
+            if last:
+                raise ConnectionResetError
+        with contextlib.suppress(OSError):
+            writer.write_eof()
+
+    def _is_cut(self, way: str, size: int) -> bool:
+        if way not in self._cuts:
+            return False
+        self._cuts[way] -= size
+        return self._cuts[way] <= 0 and self._cuts.pop(way) <= 0
+
+    async def _end(self) -> None:
+        self._server.close()
+        for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)

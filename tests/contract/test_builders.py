@@ -65,7 +65,7 @@ class Bench:
             return await builder.build(await self.context(text, **files), self.told)
 
     def containers(self) -> list[Any]:
-        return list(self.engine.containers.list(all=True, filters={"ancestor": TAG}))
+        return list(self.engine.containers.list(all=True, filters={"ancestor": TAG}, ignore_removed=True))
 
 
 @pytest.fixture(scope="session")

@@ -82,8 +82,12 @@ async def test_the_same_request_at_once_is_one_build(pair: tuple[Yard, Yard], in
     assert (await pair[0].over("one:1"))["phase"] == "failed"
     again = await pair[1].post(**{**spec, "models": [model]})
     assert again["version"] == 10, "a build that is over is no answer"
-    told = [e.subject for yard in pair for e in await yard.events() if e.topic == "image.requested"]
-    assert set(told) == {f"one:{n}" for n in range(1, 11)}
+
+    async def told() -> bool:
+        said = {e.subject for yard in pair for e in await yard.events() if e.topic == "image.requested"}
+        return said == {f"one:{n}" for n in range(1, 11)}
+
+    await pair[0].until(told)
 
 
 async def test_a_deleted_one_is_built_again(pair: tuple[Yard, Yard]) -> None:

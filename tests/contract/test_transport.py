@@ -104,6 +104,7 @@ def test_a_deadline_ends_the_call_and_what_has_expired_never_runs(channel: grpc.
     assert record["status"] in ("DEADLINE_EXCEEDED", "CANCELLED")
 
 
+@pytest.mark.slow
 def test_calls_that_expire_do_not_end_their_connection(channel: grpc.Channel, served: Served) -> None:
     """By the hundred: what else is under way on it is answered. Who is too late to be answered resets its stream, which
     in such numbers looks like an attack."""
@@ -131,11 +132,13 @@ def test_a_cancelled_call_never_runs(channel: grpc.Channel, served: Served) -> N
     assert [m for m in served.ran() if m.startswith(mark)] == [mark + "-ahead", mark + "-after"]
 
 
+@pytest.mark.slow
 def test_a_message_of_nearly_64_mib(channel: grpc.Channel) -> None:
     big = np.arange(63 * MIB // 8, dtype="f8")
     assert np.array_equal(outcome(channel.unary_unary(INFER)(ask(big), timeout=60)), big)
 
 
+@pytest.mark.slow
 def test_a_message_over_the_limit_is_refused(channel: grpc.Channel) -> None:
     error = failed(lambda: channel.unary_unary(INFER)(bytes(64 * MIB + 1), timeout=60))
     assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and str(64 * MIB) in error.details()
@@ -151,6 +154,7 @@ def test_compressed_requests_are_understood(channel: grpc.Channel, kind: Any) ->
     assert [pb.ModelStreamInferResponse.FromString(a).infer_response.id for a in answers] == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_a_small_message_that_inflates_over_the_limit_is_refused(tmp_path: Path, served: Served) -> None:
     with serving(tmp_path, served.transport, limits={"max_message_bytes": MIB}) as it, \
             grpc.insecure_channel(it.address) as channel:

@@ -96,6 +96,7 @@ def call(address: str, *metadata: tuple[str, str | bytes], **asked: Any) -> None
 
 
 @pytest.mark.parametrize("transport", ["h2", "grpc"])
+@pytest.mark.slow
 def test_a_traced_call_is_a_span_and_an_untraced_one_is_not(
         tmp_path: Path, transport: str, collector: Collector) -> None:
     env = QUICK | {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.address, "OTEL_RESOURCE_ATTRIBUTES": "team=flora"}
@@ -143,6 +144,7 @@ def told(span: Any) -> dict[str, str]:
 REST = b'{"inputs": [{"name": "x", "shape": [1], "datatype": "FP64", "data": [1.0]}]}'
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_away_costs_no_call_and_is_told_of_once(tmp_path: Path, collector: Collector) -> None:
     collector.status = 400  # final, where 503 would be tried again for seconds
     env = QUICK | {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": collector.address + "/v1/traces",

@@ -79,6 +79,7 @@ def test_every_message_of_a_stream_is_captured(channel: grpc.Channel, served: Se
     assert len({r["prediction_id"] for r in records}) == 5
 
 
+@pytest.mark.slow
 def test_a_caller_that_does_not_read_is_not_read_from(served: Served) -> None:
     """Back-pressure both ways: what is under way for a stream is bounded, whatever its caller sends."""
     body = framed(ask(np.zeros(8_000)))
@@ -147,6 +148,7 @@ def test_a_deadline_ends_a_stream(channel: grpc.Channel, served: Served) -> None
     wait_for(lambda: served.in_flight() == 0)
 
 
+@pytest.mark.slow
 async def test_a_thousand_streams_at_once_on_one_connection(served: Served) -> None:
     async with grpc.aio.insecure_channel(served.address) as channel:
         streams = [channel.stream_stream(STREAM)() for _ in range(1_000)]
@@ -162,6 +164,7 @@ async def test_a_thousand_streams_at_once_on_one_connection(served: Served) -> N
         assert {await stream.code() for stream in streams} == {grpc.StatusCode.OK}
 
 
+@pytest.mark.slow
 async def test_a_thousand_calls_at_once_on_one_connection(served: Served) -> None:
     async with grpc.aio.insecure_channel(served.address) as channel:
         infer = channel.unary_unary(INFER)

@@ -138,7 +138,8 @@ async def test_two_builders_of_one_name(registry: Registry, tmp_path: Path) -> N
     async with running(data, store) as yard:
         spec = {"name": "iris", "score": await yard.upload(SCORE), "lock": await yard.upload(b"")}
         async with worker(data, store) as (process, there):
-            found = await asyncio.gather(*(asked((yard.url, there)[n % 2], spec) for n in range(8)))
+            found = await asyncio.gather(
+                *(asked((yard.url, there)[n % 2], {**spec, "description": f"number {n}"}) for n in range(8)))
             same = await asyncio.gather(
                 *(asked((yard.url, there)[n % 2], spec, Idempotency_Key="once") for n in range(4)))
             docs = [await yard.over(doc["id"]) for doc in (*found, *same)]

@@ -71,7 +71,8 @@ class Bench:
         return await self.until(lambda o: o.serving == self.generation and o.ready == len(o.replicas))
 
     def containers(self) -> list[Any]:
-        return self.engine.containers.list(all=True, filters={"label": f"dev.modelyard.yard={self.target.yard}"})
+        return self.engine.containers.list(
+            all=True, filters={"label": f"dev.modelyard.yard={self.target.yard}"}, ignore_removed=True)
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def engine(server: Docker) -> Iterator[docker.DockerClient]:
 
 
 def containers(engine: docker.DockerClient, name: str = "iris") -> list[Any]:
-    return engine.containers.list(filters={"label": f"dev.modelyard.deployment={name}"})
+    return engine.containers.list(filters={"label": f"dev.modelyard.deployment={name}"}, ignore_removed=True)
 
 
 def change(yard: Yard, **fields: Any) -> dict[str, Any]:
@@ -209,9 +209,9 @@ def test_deleting_an_image_kills_the_step_that_runs(yard: Yard, own: Path, engin
         assert any(line.endswith("dockerfile: begun") for line in lines), "it is followed while the step sleeps"
         lines.close()
     steps = {"ancestor": "yard-debian:1"}
-    assert len(engine.containers.list(filters=steps)) == 1
+    assert len(engine.containers.list(filters=steps, ignore_removed=True)) == 1
     assert yard.call("DELETE", "/v1/images/slow-system:1").status == 202
-    until(lambda: engine.containers.list(all=True, filters=steps) == [], 30)
+    until(lambda: engine.containers.list(all=True, filters=steps, ignore_removed=True) == [], 30)
     until(lambda: yard.call("GET", "/v1/images/slow-system:1").status == 404, 30)
 
 

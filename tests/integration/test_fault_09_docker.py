@@ -53,7 +53,7 @@ async def containers(engine: Docker) -> dict[str, int]:
     def look() -> dict[str, int]:
         client = docker.DockerClient(engine.docker_host)
         try:
-            return {one.id: one.attrs["State"]["Pid"] for one in client.containers.list(all=True)}
+            return {one.id: one.attrs["State"]["Pid"] for one in client.containers.list(all=True, ignore_removed=True)}
         finally:
             client.close()
 

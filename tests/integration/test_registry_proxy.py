@@ -26,7 +26,7 @@ from modelyard.core.errors import Denied, Unavailable
 from tests.backends import need
 from tests.contract.test_images import chunks, digest, image, read
 from tests.gate import Gate
-from tests.proxy import Proxy, listening, piped
+from tests.http_proxy import Proxy, listening, piped
 
 pytestmark = pytest.mark.slow
 NAMES = ("https_proxy", "http_proxy", "all_proxy", "no_proxy")

@@ -69,7 +69,7 @@ def left(engine: Docker) -> tuple[list[str], list[str]]:
     """(containers, volumes), asked past testcontainers."""
     client = docker.DockerClient(engine.docker_host)
     try:
-        return ([f"{one.name} {one.status}" for one in client.containers.list(all=True)],
+        return ([f"{one.name} {one.status}" for one in client.containers.list(all=True, ignore_removed=True)],
                 [one.name for one in client.volumes.list()])
     finally:
         client.close()

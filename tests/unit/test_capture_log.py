@@ -164,6 +164,7 @@ def test_a_full_spool_drops_and_counts_exactly(tmp_path: Path, monkeypatch: pyte
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) < 72 * 1024
 
 
+@pytest.mark.slow
 def test_under_pressure_nothing_that_was_admitted_is_dropped(tmp_path: Path) -> None:
     with opened(tmp_path, spool_bytes=32 * 1024, on_pressure="reject") as log:
         admitted = 0
@@ -183,6 +184,7 @@ def test_recording_goes_on_when_the_spool_has_room_again(tmp_path: Path) -> None
         until(lambda: (log.append([call(2)]), log.totals["recorded"] > before)[1])
 
 
+@pytest.mark.slow
 def test_a_refused_write_is_counted_and_leaves_no_half_frame(tmp_path: Path) -> None:
     """A file size limit refuses writes as a full disk does: with a short write first."""
     script = f"""

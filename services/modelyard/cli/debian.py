@@ -14,12 +14,8 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import tarfile
-import tempfile
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -27,6 +23,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from ..core.errors import BuildFailed, Invalid, Unavailable
+from .workplace import Told, ran, workplace
 
 EPOCH = 1767225600
 """The time of files that are made while it is put together, where SOURCE_DATE_EPOCH says none."""
@@ -45,8 +42,6 @@ OLDEST = 11
 WORD = re.compile(r"[a-z0-9][a-z0-9+.\-]*\Z")
 TYPE = "application/vnd.oci.image"
 LIMIT_S = 3600.0
-Told = Callable[[str], None]
-"""Hears how far it is."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +116,8 @@ def make(to: Path, recipe: Recipe, told: Told) -> Made:
     if reason := missing():
         raise Unavailable(reason)
     to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as name:
-        root, layout = Path(name) / "root.tar", Path(name) / "layout"
+    with workplace(to, ("root.tar", "root", "layout"), told) as place:
+        root, layout = place / "root.tar", place / "layout"
         (_mmdebstrap if _program("mmdebstrap") else _debootstrap)(recipe, root, epoch, told)
         told("packing it")
         (layout / "blobs/sha256").mkdir(parents=True)
@@ -159,8 +154,7 @@ def _debootstrap(recipe: Recipe, root: Path, epoch: int, told: Told) -> None:
     _run([_program("debootstrap") or "debootstrap", "--variant=minbase", f"--include={','.join(recipe.all)}",
           recipe.suite, str(folder), *([recipe.mirror] if recipe.mirror else [])], epoch, told)
     told("compiling Python's library")
-    subprocess.run([_program("chroot") or "chroot", str(folder), "sh", "-c", COMPILE], check=False, capture_output=True,
-                   stdin=subprocess.DEVNULL, timeout=LIMIT_S)
+    ran([_program("chroot") or "chroot", str(folder), "sh", "-c", COMPILE], os.environ, told, LIMIT_S)  # may fail
     with tarfile.open(root, "w", format=tarfile.PAX_FORMAT) as archive:
         archive.add(folder, ".", filter=_unmounted)
 
@@ -172,27 +166,10 @@ def _unmounted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 
 def _run(argv: Sequence[str], epoch: int, told: Told) -> None:
-    """Runs a tool that says ``I: …`` at each step. It is asked to end, not killed: it may have to unmount."""
     env = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch), "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
-    said: deque[str] = deque(maxlen=20)
-    with subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, errors="replace") as process:
-        late = threading.Timer(LIMIT_S, process.terminate)
-        late.daemon = True
-        late.start()
-        try:
-            for line in process.stdout or ():
-                said.append(line.rstrip())
-                if line.startswith("I: "):
-                    told(line[3:].strip().removesuffix("..."))
-        except BaseException:
-            process.terminate()
-            raise
-        finally:
-            late.cancel()
-    if process.returncode:
-        first = f"{Path(argv[0]).name} failed ({process.returncode}); it said at the end:"
-        raise BuildFailed("\n".join([first, *said]))
+    code, said = ran(argv, env, told, LIMIT_S)
+    if code:
+        raise BuildFailed("\n".join([f"{Path(argv[0]).name} failed ({code}); it said at the end:", *said]))
 
 
 # -- the image --------------------------------------------------------------------------------------------------------

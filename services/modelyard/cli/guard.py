@@ -44,16 +44,22 @@ def complain(message: str, *more: str) -> None:
 
 def explain(exc: ModelyardError) -> None:
     """An error with all that it knows: every problem of the request, what is in the way, what to do."""
-    lines = [problem for problem in _problems(exc.detail.get("errors")) if problem not in exc.message]
+    lines = _problems(exc)
     lines += [f"{b.get('kind')} {b.get('id')} ({b.get('phase')})" for b in exc.detail.get("blockers") or []]
     if help := exc.detail.get("help"):
         lines.append(f"try: {help}" if str(help).startswith("modelyard ") else str(help))
     complain(exc.message, *lines)
 
 
-def _problems(errors: Any) -> list[str]:
-    found = [e for e in errors or [] if isinstance(e, Mapping) and e.get("message")]
-    return [f"{e['field']}: {e['message']}" if e.get("field") else str(e["message"]) for e in found]
+def _problems(exc: ModelyardError) -> list[str]:
+    """Each problem with its field, where the message does not say it already."""
+    found = [(str(e.get("field") or ""), str(e["message"])) for e in exc.detail.get("errors") or []
+             if isinstance(e, Mapping) and e.get("message")]
+    if "; ".join(message for _, message in found) == exc.message:
+        return []
+    told = f" {exc.message}"
+    return [f"{field}: {message}" if field else message for field, message in found
+            if f" {field}: {message}" not in told and f" {field}".rstrip() + f" {message}" not in told]
 
 
 def fail(message: str, *more: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,6 +19,7 @@ from .options import (
     Tags,
     Wait,
     Where,
+    changed_tags,
     command,
     connect,
     group,
@@ -34,19 +36,21 @@ app = group("Build images from models, look into them, delete them.")
 Own = Annotated[Path | None, typer.Option(
     exists=True, metavar="FOLDER", help="A folder with a Dockerfile (or that file alone) to stand on, in place of "
                                         "--base: the yard's Docker Engine builds it.")]
+Gone = Annotated[bool | None, typer.Option(
+    "--auto-delete/--no-auto-delete", help="Whether it goes with the last deployment that needs it; no unless said.")]
 Form = Literal["context", "oci", "docker"]
 COLUMNS: list[Column] = ["id", "phase", "models", "tags", "created"]
 
 
 def built(yard: Client, image: Image, steps: Steps) -> Image:
     """The image once it is ready; its log's last lines where the build failed."""
-    import sys
-
     from ..core.errors import BuildFailed
 
     try:
         return image.wait(on_progress=steps)
-    except BuildFailed:
+    except BuildFailed as exc:
+        if exc.code == "cancelled":  # its log went with it
+            raise
         steps.done(f"{image.id} failed; its log ends with")
         for line in image.log().splitlines()[-12:]:
             print(f"  {line}", file=sys.stderr)
@@ -76,8 +80,8 @@ def build(
     onnx: Annotated[bool, typer.Option(
         "--onnx/--no-onnx", help="Serve small scikit-learn models as ONNX, where that answers the same on their "
                                  "samples and rows about them; the log says which, and why not.")] = False,
-    tag: Tags = None, property: Properties = None, description: Description = None, wait: Wait = True,
-    output: Output = Format.table,
+    tag: Tags = None, property: Properties = None, description: Description = None, auto_delete: Gone = None,
+    wait: Wait = True, output: Output = Format.table,
 ) -> None:
     """Builds the next version of an image."""
     from dataclasses import replace
@@ -91,8 +95,8 @@ def build(
         image = yard.images.build(
             name, models=model or [], score=score, requirements=needs, lock=lock, python=python,
             platform=platform, base=base, dockerfile=dockerfile, env=pairs(env, "--env"), tags=pairs(tag, "--tag"),
-            properties=pairs(property, "--property"), description=description, timeout_s=time_limit,
-            onnx=onnx or None, on_progress=steps)
+            properties=pairs(property, "--property"), description=description, auto_delete=auto_delete,
+            timeout_s=time_limit, onnx=onnx or None, on_progress=steps)
         if wait:
             image = built(yard, image, steps)
         steps.done(f"image {image.id} is {image.phase}")
@@ -124,6 +128,28 @@ def show(image: ImageRef, output: Output = Format.table) -> None:
     document({k: v for k, v in found.document.items() if k not in ("signatures", "samples")}, output)
     for line in described(found.document, *(service.name for service in running)):
         print(line)
+
+
+@command(app, "tag", "modelyard images tag iris-scorer:7 stage=trial old-")
+def tag(
+    image: ImageRef,
+    tags: Annotated[list[str], typer.Argument(metavar="K=V… K-…", help="Set a tag, or take one away (K-).")],
+    output: Output = Format.table,
+) -> None:
+    """Sets tags and takes them away."""
+    with connect() as yard:
+        document(yard.images.update(image, tags=changed_tags(tags)).document, output, "Image")
+
+
+@command(app, "update", "modelyard images update iris-scorer:7 --property reviewed=yes --auto-delete")
+def update(image: ImageRef, tag: Tags = None, property: Properties = None, description: Description = None,
+           auto_delete: Gone = None, output: Output = Format.table) -> None:
+    """Sets tags, the description and auto_delete, adds properties (never changes one)."""
+    with connect() as yard:
+        changed = yard.images.update(
+            image, tags=changed_tags(tag), properties=pairs(property, "--property"), description=description,
+            auto_delete=auto_delete)
+        document(changed.document, output, "Image")
 
 
 @command(app, "wait", "modelyard images wait iris-scorer:7 --timeout 600")
@@ -168,7 +194,11 @@ def export(
     form, place = wanted[0] if wanted else ("context", Path(f"{image.replace(':', '-')}.tar"))
     with connect() as yard, Steps() as steps:
         steps.start(f"exporting {image}")
-        print(yard.images.export(image, place, form=form, on_progress=steps))
+        found = yard.images.get(image)
+        print(yard.images.export(found.id, place, form=form, on_progress=steps))
+    if form == "context" and not (found.document.get("base") or found.document.get("dockerfile")):
+        print(f"note: {found.id} has no base, so what its Dockerfile stands on (FROM) is a guess: put your own there, "
+              "or build the image with --base", file=sys.stderr)
 
 
 @command(app, "sbom", "modelyard images sbom iris-scorer:7 > iris.cdx.json")
@@ -191,8 +221,6 @@ def lock(image: ImageRef) -> None:
 
 def _printed(image: str, what: Literal["sbom", "provenance", "lock"]) -> None:
     """Its bytes, and nothing added: others hash them."""
-    import sys
-
     with connect() as yard:
         sys.stdout.buffer.write(yard.images.kept(image, what))
 

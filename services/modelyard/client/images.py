@@ -54,10 +54,11 @@ class AsyncImage(ImageFields):
 
     async def update(
         self, *, tags: Mapping[str, str | None] | None = None, properties: Mapping[str, str] | None = None,
-        description: str | None = None,
+        description: str | None = None, auto_delete: bool | None = None,
     ) -> AsyncImage:
         """As ``images.update``; the object shows the new state."""
-        changed = await self._images.update(self, tags=tags, properties=properties, description=description)
+        changed = await self._images.update(
+            self, tags=tags, properties=properties, description=description, auto_delete=auto_delete)
         self._document = changed.document
         return self
 
@@ -78,7 +79,7 @@ class AsyncImages:
         python: str | None = None, platform: str | None = None, base: str | None = None,
         dockerfile: str | Path | None = None, env: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None, properties: Mapping[str, str] | None = None,
-        description: str | None = None, timeout_s: int | None = None,
+        description: str | None = None, auto_delete: bool | None = None, timeout_s: int | None = None,
         onnx: bool | None = None, on_progress: OnProgress | None = None,
     ) -> AsyncImage:
         """Asks for the next version of ``name`` and returns at once; ``wait`` on the answer.
@@ -88,9 +89,10 @@ class AsyncImages:
         ``pyproject.toml[gpu]``) or a conda ``environment.yml``, whose Python the image gets unless ``python`` says
         another; ``lock`` a lock to use as it is; ``timeout_s`` how long the build may take (30 min). ``base`` is what
         the image stands on. In its place ``dockerfile``, a folder with a ``Dockerfile`` at its top (or that file
-        alone), is built by the yard's Docker Engine; what its ``.dockerignore`` names stays here. With ``onnx``
-        small scikit-learn models that have a sample are served as ONNX, where that answers the same. Raises Invalid
-        with every problem that can be seen before building.
+        alone), is built by the yard's Docker Engine; what its ``.dockerignore`` names stays here. With ``auto_delete``
+        the image goes when the last deployment that used it needs it no longer. With ``onnx`` small scikit-learn models
+        that have a sample are served as ONNX, where that answers the same. Raises Invalid with every problem that can
+        be seen before building.
 
         >>> image = yard.images.build("iris-scorer", models=[model]).wait()
         >>> image.id, image.phase
@@ -103,7 +105,7 @@ class AsyncImages:
             requirements=needs.requirements, constraints=needs.constraints,
             lock=await self._stored(lock, on_progress), python=python or needs.python, platform=platform, base=base,
             dockerfile=await self._context(dockerfile, on_progress), env=env, tags=tags, properties=properties,
-            description=description, timeout_s=timeout_s, onnx=onnx,
+            description=description, auto_delete=auto_delete, timeout_s=timeout_s, onnx=onnx,
         )
         return await self.create(body)
 
@@ -142,10 +144,15 @@ class AsyncImages:
 
     async def update(
         self, image: Reference, *, tags: Mapping[str, str | None] | None = None,
-        properties: Mapping[str, str] | None = None, description: str | None = None,
+        properties: Mapping[str, str] | None = None, description: str | None = None, auto_delete: bool | None = None,
     ) -> AsyncImage:
-        """Sets tags (None takes one away), adds properties, sets the description."""
-        patch = absent_dropped(tags=tags, properties=properties, description=description)
+        """Sets tags (None takes one away), adds properties (never changes one), sets the description and whether the
+        image goes with the last deployment that needs it.
+
+        >>> yard.images.update("iris-scorer:1", tags={"stage": "trial"}, auto_delete=False).tags["stage"]
+        'trial'
+        """
+        patch = absent_dropped(tags=tags, properties=properties, description=description, auto_delete=auto_delete)
         return AsyncImage(self, await self._http.json("PATCH", path("images", reference(image)), json=patch))
 
     async def delete(self, image: Reference) -> None:
@@ -201,7 +208,9 @@ class AsyncImages:
 
         def seen(document: dict[str, Any]) -> None:
             if on_progress:
-                on_progress(Progress("build", message=str(document.get("phase"))))
+                why = next((f", waiting: {c['message']}" for c in document.get("conditions") or ()
+                            if c.get("reason") == "Waiting"), "")
+                on_progress(Progress("build", message=f"{document.get('phase')}{why}"))
 
         ref = reference(image)
         where, what = path("images", ref), f"image '{ref}'"
@@ -209,6 +218,8 @@ class AsyncImages:
             begun = await settle(self._http, where, lambda d: d.get("phase") != "queued", math.inf, what, seen)
             timeout_s = float(begun.get("timeout_s") or BUILD_S) + LATER_S
         document = await settle(self._http, where, lambda d: d.get("phase") in OVER, timeout_s, what, seen)
+        if document["phase"] == "cancelled":
+            raise BuildFailed(f"image '{ref}' was cancelled: {reason_of(document)}", code="cancelled", image=ref)
         if document["phase"] != "ready":
             raise BuildFailed(
                 f"image '{ref}' {document['phase']}: {reason_of(document)}", image=ref,

@@ -90,7 +90,7 @@ class Build:
         self.base: Base | None = None
         self.uploads = asyncio.Semaphore(store.UPLOADS)
         self.score: sources.Source = b""
-        self.models: list[sources.Source | Layer] = []
+        self.models: list[sources.Source | parts.Made | Layer] = []
         self.signatures: dict[str, Signature] = {}
 
     async def run(self) -> Result:
@@ -142,10 +142,13 @@ class Build:
             problems += await asyncio.to_thread(parts.score_check, self.score)
         for number, place in enumerate(self.places):
             model, layer = place.model, await self.remembered(place)
-            source = layer or await self.bring(model.artifact, f"model '{model.id}'", f"model-{number}")
+            looked = place.kind in serving.LOOKED
+            source = layer or (await parts.stored_layer(self.ctx, doc, place)
+                               if model.size >= sources.BATCH and not looked and not model.unpack else
+                               await self.bring(model.artifact, f"model '{model.id}'", f"model-{number}"))
             self.models.append(source)
             served = serving.Served(place.kind)
-            if place.kind in serving.LOOKED and not isinstance(source, Layer):
+            if looked and isinstance(source, Path | bytes):
                 served = await asyncio.to_thread(serving.look, place.kind, model, source)
                 self.looked |= served.needs
             problems += [*served.problems, *self.signed(place, served.kind)]
@@ -183,7 +186,7 @@ class Build:
         """The lock of this image, and what is to be said of it."""
         resolver = Resolver(self.ctx, self.doc, self.log, self.memo, self.scratch.folder, self.sdists)
         plain, sources_of = self.places, {p.model.id: s for p, s in zip(self.places, self.models, strict=True)
-                                          if not isinstance(s, Layer)}
+                                          if isinstance(s, Path | bytes)}
         converter = Converter(resolver, self.log, self.memo, self.scratch.folder, (self.ctx.data,))
         self.places = await converter.all(plain, sources_of)
         try:
@@ -224,7 +227,7 @@ class Build:
         if self.doc.score:
             out.append(parts.score_layer(self.score))
         for place, source in zip(self.places, self.models, strict=True):
-            out.append(source if isinstance(source, Layer) else parts.model_layer(place, source))
+            out.append(parts.model_layer(place, source) if isinstance(source, Path | bytes) else source)
         said = about(self.doc.python_version, bool(self.doc.score),
                      [(p.model, p.path, p.framework or "") for p in self.places], self.signatures,
                      {id: graph.told for id, graph in self.graphs.items()})

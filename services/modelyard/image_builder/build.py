@@ -19,7 +19,7 @@ from ..kernel.service import Change, Context, Loop
 from . import referrers, sources
 from .assemble import Build, Result, Scratch
 from .log import BuildLog, log_file
-from .model import Image, building, built, failed, removed
+from .model import Image, building, built, failed, left_s, removed, waiting, waits_for
 
 LOOK_S = 0.5
 FAULTS = 4
@@ -58,24 +58,23 @@ async def _outcome(ctx: Context, doc: Image, log: BuildLog) -> Result | str:
     try:
         await sources.hold_once(ctx, doc)
         doc = await ctx.change(Image, doc.id, lambda d: building(d, ctx.now()), workspace=doc.workspace)
-        async with asyncio.timeout(doc.timeout_s) as limit:
+        async with asyncio.timeout(left_s(doc, ctx.now())) as limit:
             return await Build(ctx, doc, log, scratch).run()
     except TimeoutError:
         if limit.expired():
-            return (f"the build took longer than {doc.timeout_s} s; the log says how far it came. Where it needs more, "
-                    "ask for the image with a higher timeout_s")
+            return _too_long(doc, waits_for(doc))
         raise
     except BuildFailed as exc:
         return exc.message
     except (Unavailable, Denied) as exc:  # Denied: of a store of ours, to which somebody will let us in
-        await scratch.clear()  # the log may need its room
-        await _interrupted(ctx, doc, log, exc.message)
+        if too_long := await _interrupted(ctx, doc, log, scratch, exc.message):
+            return too_long
         raise
     except Exception as exc:  # a fault of ours: the loop logs and repeats it, but not for ever
         if isinstance(exc, OSError) and exc.errno in FULL:
             full = Unavailable(f"the disk of {ctx.data} is full; free some space")
-            await scratch.clear()
-            await _interrupted(ctx, doc, log, full.message)
+            if too_long := await _interrupted(ctx, doc, log, scratch, full.message):
+                return too_long
             raise full from exc
         if doc.attempts < FAULTS:
             raise
@@ -86,10 +85,22 @@ async def _outcome(ctx: Context, doc: Image, log: BuildLog) -> Result | str:
         await scratch.clear()
 
 
-async def _interrupted(ctx: Context, doc: Image, log: BuildLog, why: str) -> None:
+async def _interrupted(ctx: Context, doc: Image, log: BuildLog, scratch: Scratch, why: str) -> str:
+    """Tells of a try that broke off; why there is no other, "" when there will be one."""
+    await scratch.clear()  # the log may need its room
+    if left_s(doc, ctx.now()) <= 0:
+        return _too_long(doc, why)
     await log.line(f"interrupted: {why}; trying again soon")
     with suppress(ModelyardError):
         await log.show(ctx, doc)
+        await ctx.change(Image, doc.id, lambda d: waiting(d, ctx.now(), why), workspace=doc.workspace)
+    return ""
+
+
+def _too_long(doc: Image, why: str) -> str:
+    """Tries that broke off count as well: what never answers must not be waited for for ever."""
+    return (f"the build took longer than {doc.timeout_s} s" + (f", and at last waited: {why}" if why else "")
+            + "; the log says how far it came. Where it needs more, ask for the image with a higher timeout_s")
 
 
 async def _over(ctx: Context, doc: Image, log: BuildLog, outcome: Result | str) -> Change[Image]:

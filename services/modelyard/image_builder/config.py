@@ -31,6 +31,7 @@ from .tarring import Layer
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 EPOCH = "1970-01-01T00:00:00Z"
+"""On purpose, whatever SOURCE_DATE_EPOCH says: docs/decisions/0019-what-is-in-an-image.md."""
 USER = "10001"
 ENTRYPOINT = ("python3", "-I", "-S", "/opt/modelyard/launch.py")
 ENV = {"ORT_DISABLE_TELEMETRY": "1"}

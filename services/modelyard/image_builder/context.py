@@ -86,7 +86,8 @@ def _from(doc: Image, digest: str | None) -> list[str]:
     if doc.dockerfile is not None:
         return [f"# the base is built of {OWN_DOCKERFILE}: docker build --tag base - < {OWN_DOCKERFILE}", "FROM base"]
     if doc.base is None:
-        return [f"FROM python:{doc.python}-slim"]
+        return [f"# A GUESS: the image has no base; any other with Python {doc.python}, glibc and libstdc++6 will do",
+                f"FROM python:{doc.python}-slim"]
     if doc.base.startswith(LAYOUT):
         return [f"# the base is a layout: docker tag it base, or docker build --build-context base={doc.base} …",
                 "FROM base"]

@@ -58,7 +58,7 @@ class Image(Document):
     indexed: ClassVar[frozenset[str]] = frozenset(
         {"name", "version", "phase", "digest", "models", "model_names", "tags", "properties"})
     unpublished: ClassVar[frozenset[str]] = frozenset({"samples"})
-    hidden: ClassVar[frozenset[str]] = frozenset({"model_names", "inputs", "holds", "deleting"})
+    hidden: ClassVar[frozenset[str]] = frozenset({"model_names", "inputs", "holds", "deleting", "began"})
 
     name: str
     version: int
@@ -98,6 +98,8 @@ class Image(Document):
     inputs: list[ModelInput] = Field(default_factory=list)
     holds: list[str] = Field(default_factory=list)
     deleting: bool = False
+    began: datetime | None = None
+    """Since when it is being built, waits for others included; anew after a builder that died."""
 
     @property
     def repo(self) -> str:
@@ -144,10 +146,27 @@ def _with(doc: Image, condition: Condition) -> list[Condition]:
 
 def building(doc: Image, now: datetime) -> Step | None:
     """A build begins, or begins again."""
-    if doc.phase == "building" or doc.deleting:
+    if doc.deleting or waits_for(doc):
         return None
-    return doc.evolve(phase="building", updated=now, conditions=_with(
+    return doc.evolve(phase="building", began=now, updated=now, conditions=_with(
         doc, _condition("Built", "Unknown", "Building", "the log tells how far it is", now))), ()
+
+
+def waiting(doc: Image, now: datetime, why: str) -> Step | None:
+    """The build cannot go on for now and will be tried again."""
+    if doc.phase != "building" or doc.deleting or waits_for(doc) == why:
+        return None
+    return doc.evolve(updated=now, conditions=_with(doc, _condition("Built", "Unknown", "Waiting", why, now))), ()
+
+
+def waits_for(doc: Image) -> str:
+    """Why the last try of a build broke off; "" where it did not."""
+    return next((c.message for c in doc.conditions if (c.type, c.reason) == ("Built", "Waiting")), "")
+
+
+def left_s(doc: Image, now: datetime) -> float:
+    """Seconds that a build still has."""
+    return doc.timeout_s - (now - (doc.began or now)).total_seconds()
 
 
 def built(doc: Image, now: datetime, *, digest: str, size: int, lock_digest: str, python: str,
@@ -182,10 +201,13 @@ def removing(doc: Image, now: datetime, dropped: frozenset[str] = frozenset()) -
     and the loop looks again when it has stopped."""
     if doc.deleting:
         return None
-    return doc.evolve(
-        deleting=True, holds=[h for h in doc.holds if h not in dropped], updated=now,
-        phase=doc.phase if doc.phase in OVER else "cancelled", due=now,
-        conditions=_with(doc, _condition("Deleting", "True", "Deleted", "its models are being let go of", now))), ()
+    over, why = doc, "it was deleted before it was built"
+    if doc.phase not in OVER:
+        over = doc.evolve(phase="cancelled", reason=why, conditions=_with(
+            doc, _condition("Built", "False", "Cancelled", why, now)))
+    return over.evolve(
+        deleting=True, holds=[h for h in doc.holds if h not in dropped], updated=now, due=now,
+        conditions=_with(over, _condition("Deleting", "True", "Deleted", "its models are being let go of", now))), ()
 
 
 def removed(doc: Image, now: datetime) -> Step:

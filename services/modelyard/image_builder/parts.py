@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,24 @@ from packaging.requirements import Requirement
 
 from ..core import archives
 from ..core.errors import BuildFailed, Invalid
+from ..kernel.service import Context
 from .checks import SCORE_LIMIT, flavour, score_problems
-from .model import ModelInput
-from .sources import Source, is_archive
-from .tarring import CHUNK, END, Entry, Layer, header, opened, padding, parents, tar, write_layer
+from .model import Image, ModelInput
+from .sources import Source, is_archive, stored
+from .tarring import (
+    CHUNK,
+    END,
+    Entry,
+    Layer,
+    header,
+    opened,
+    padding,
+    parents,
+    plain,
+    tar,
+    uncompressed,
+    write_layer,
+)
 
 HOME = "opt/modelyard"
 PACKAGE = Path(__file__).parents[1]
@@ -42,10 +57,34 @@ FRAMEWORKS = {"onnx": "onnx", "skops": "scikit-learn", "pickle": "scikit-learn",
 
 @dataclass(frozen=True)
 class Made:
-    """A layer and its bytes: a file, or memory when small."""
+    """A layer and its bytes: a file, memory when small, or what can be read again."""
 
     layer: Layer
-    source: Source
+    source: Source | AsyncIterable[bytes]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a blocking iterator gives, made anew each time it is iterated over."""
+
+    again: Callable[[], Iterator[bytes]]
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        pieces = self.again()
+        while some := await asyncio.to_thread(_some, pieces):
+            yield some
+
+
+def _some(pieces: Iterator[bytes]) -> bytes:
+    """The next of them, at least a chunk together; b"" behind the last."""
+    held: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if size >= CHUNK:
+            break
+    return b"".join(held)
 
 
 @functools.cache
@@ -92,12 +131,8 @@ def score_layer(source: Source) -> Made:
     """``opt/modelyard/score/…``. Blocking."""
     root = f"{HOME}/score"
     pieces = tree(source, root) if is_archive(source) else tar([Entry(f"{root}/score.py", source)])
-    return made("score", pieces, gzip=True, into=beside(source))
-
-
-def beside(source: Source) -> Path | None:
-    """Where the layer of a large source is written; None for a small one."""
-    return None if isinstance(source, bytes) else source.with_name(source.name + ".layer")
+    return made("score", pieces, gzip=True,
+                into=None if isinstance(source, bytes) else source.with_name(source.name + ".layer"))
 
 
 def tree(archive: Source, root: str) -> Iterator[bytes]:
@@ -182,8 +217,22 @@ def needs(places: Iterable[Place]) -> set[str]:
 
 
 def model_layer(place: Place, source: Source) -> Made:
-    """An uncompressed tar: weights do not shrink, and an unchanged part stays findable. Blocking."""
-    root = f"{HOME}/{place.path}"
+    """An uncompressed tar: weights do not shrink, and an unchanged part stays findable. Of a large source it is made
+    anew each time it is read, never kept. Blocking."""
     source = source if place.graph is None else place.graph.data
-    pieces = tree(source, root) if place.model.unpack else tar([Entry(root, source)])
-    return made(f"model: {place.model.id}", pieces, into=beside(source))
+    root, title = f"{HOME}/{place.path}", f"model: {place.model.id}"
+
+    def pieces() -> Iterator[bytes]:
+        return tree(source, root) if place.model.unpack else tar([Entry(root, source)])
+
+    if isinstance(source, bytes):
+        return made(title, pieces())
+    return Made(plain(title, pieces()), Pieces(pieces))
+
+
+async def stored_layer(ctx: Context, doc: Image, place: Place) -> Made:
+    """The same of an artifact that is not unpacked and stays in the blob store."""
+    model, name = place.model, f"{HOME}/{place.path}"
+    start, end = parents(name, set()) + header(name, model.size), padding(model.size) + END
+    source, digest = await stored(ctx, doc, model.artifact, f"model '{model.id}'", (start, end))
+    return Made(uncompressed(f"model: {model.id}", digest, len(start) + model.size + len(end)), source)

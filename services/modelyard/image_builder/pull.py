@@ -75,9 +75,12 @@ class Pull:
             version = bases.chosen(parsed["manifests"], self.doc.platform)
         raise BuildFailed(f"the base {name} is a list of lists of images")
 
+    def _key(self, digest: str) -> str:
+        return key("base", FORMAT, digest, self.doc.platform)  # what is for another platform is looked at, and refused
+
     async def _known(self, digest: str) -> Any:
         """What an earlier build found out, while the store has all the layers."""
-        found = await self.memo.get(key("base", FORMAT, digest))
+        found = await self.memo.get(self._key(digest))
         return found if found and await store.there(self.ctx, self.doc, store.unpack(found["layers"])) else None
 
     async def _bring(self, source: ImageStore, place: Reference, digest: str, manifest: dict[str, Any],
@@ -95,7 +98,7 @@ class Pull:
         made = await store.together([
             one(n, d, diff_id) for n, (d, diff_id) in enumerate(zip(manifest["layers"], diff_ids, strict=True))])
         found = found_out([layer for layer, _ in made], (files for _, files in made), config)
-        await self.memo.put(key("base", FORMAT, digest), found)
+        await self.memo.put(self._key(digest), found)
         return found
 
     async def _config(self, source: ImageStore, place: Reference, manifest: dict[str, Any], name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,46 @@ async def fetch(ctx: Context, doc: Image, digest: str, what: str, path: Callable
             await asyncio.to_thread(_append, many, batch, seen)
     except NotFound as exc:
         raise BuildFailed(f"{what} is gone: {exc.message}") from exc
+    _sound(digest, what, seen)
+    return few if many is None else many
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An artifact that stays in the blob store, with what stands before and behind it in a layer: read from there each
+    time it is iterated over. BuildFailed when it is gone."""
+
+    ctx: Context
+    place: str
+    what: str
+    before: bytes
+    after: bytes
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self.before
+        try:
+            async for chunk in self.ctx.blobs.get(self.place):
+                yield chunk
+        except NotFound as exc:
+            raise BuildFailed(f"{self.what} is gone: {exc.message}") from exc
+        yield self.after
+
+
+async def stored(ctx: Context, doc: Image, digest: str, what: str, around: tuple[bytes, bytes]) -> tuple[Stored, str]:
+    """The artifact between the bytes ``around`` it, and the digest of the three; nothing is written. BuildFailed when
+    it is gone or is not what was registered."""
+    found = Stored(ctx, artifact_key(doc.workspace, digest), what, *around)
+    own, whole = hashlib.sha256(), hashlib.sha256(found.before)
+    async for batch in _batches(replace(found, before=b"", after=b"").__aiter__()):
+        await asyncio.gather(asyncio.to_thread(own.update, batch), asyncio.to_thread(whole.update, batch))
+    whole.update(found.after)
+    _sound(digest, what, own)
+    return found, f"sha256:{whole.hexdigest()}"
+
+
+def _sound(digest: str, what: str, seen: Any) -> None:
     if f"sha256:{seen.hexdigest()}" != digest:
         raise BuildFailed(f"{what} is damaged: its bytes do not have the digest {digest}")
-    return few if many is None else many
 
 
 def _append(path: Path, batch: bytes, seen: Any) -> None:

@@ -24,7 +24,8 @@ class _Absent(Exception):
 
 async def put(ctx: Context, doc: Image, made: Made) -> bool:
     """Stores a layer; False when it was there."""
-    return await ctx.images.put_blob(doc.repo, made.layer.digest, Chunks(made.source))
+    source = Chunks(made.source) if isinstance(made.source, Path | bytes) else made.source
+    return await ctx.images.put_blob(doc.repo, made.layer.digest, source)
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,10 @@ def opened(source: Path | bytes) -> BinaryIO:
 
 def write_layer(title: str, pieces: Iterable[bytes], out: BinaryIO, *, gzip: bool) -> Layer:
     """Writes a tar stream, as it is or gzipped, in one pass. Blocking."""
+    if not gzip:
+        return plain(title, _copied(pieces, out))
     whole, stored, size = hashlib.sha256(), hashlib.sha256(), 0
-    squeeze = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31) if gzip else None
+    squeeze = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)
 
     def write(data: bytes) -> None:
         nonlocal size
@@ -117,10 +119,27 @@ def write_layer(title: str, pieces: Iterable[bytes], out: BinaryIO, *, gzip: boo
 
     for piece in pieces:
         whole.update(piece)
-        if squeeze is not None:
-            piece = squeeze.compress(piece)
-        if piece:
+        if piece := squeeze.compress(piece):
             write(piece)
-    if squeeze is not None:
-        write(squeeze.flush())
-    return Layer(title, f"sha256:{stored.hexdigest()}", f"sha256:{whole.hexdigest()}", size, TAR_GZ if gzip else TAR)
+    write(squeeze.flush())
+    return Layer(title, f"sha256:{stored.hexdigest()}", f"sha256:{whole.hexdigest()}", size, TAR_GZ)
+
+
+def plain(title: str, pieces: Iterable[bytes]) -> Layer:
+    """The layer that an uncompressed tar stream is. Blocking."""
+    whole, size = hashlib.sha256(), 0
+    for piece in pieces:
+        whole.update(piece)
+        size += len(piece)
+    return uncompressed(title, f"sha256:{whole.hexdigest()}", size)
+
+
+def uncompressed(title: str, digest: str, size: int) -> Layer:
+    """What is stored is the tar."""
+    return Layer(title, digest, digest, size, TAR)
+
+
+def _copied(pieces: Iterable[bytes], out: BinaryIO) -> Iterator[bytes]:
+    for piece in pieces:
+        out.write(piece)
+        yield piece

@@ -182,16 +182,15 @@ class Call:
             if doc is None:
                 raise NotFound(f"there is no {type_.kind} '{id}'", kind=type_.kind, id=id)
             left = end - clock.time()
-            if left <= 0 or self.closing.is_set() or until(doc):
+            if left <= 0 or self.closing.is_set() or until(doc) or self._gone():
                 return doc
-            self._still_there()
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(LOOK_S, left)):
                     await changed.wait()
 
-    def _still_there(self) -> None:
-        if self.request.transport is None or self.request.transport.is_closing():
-            raise ConnectionResetError("the caller is gone")
+    def _gone(self) -> bool:
+        """The caller has hung up."""
+        return self.request.transport is None or self.request.transport.is_closing()
 
     # -- answers --------------------------------------------------------------------------------------------------
 
@@ -240,7 +239,8 @@ class Call:
         try:
             waited: set[asyncio.Future[Any]] = {item, closing}
             while not (await asyncio.wait(waited, timeout=GONE_S, return_when=asyncio.FIRST_COMPLETED))[0]:
-                self._still_there()
+                if self._gone():
+                    raise ConnectionResetError("the caller is gone")
             return item.result() if item.done() else None
         finally:
             for task in (item, closing):

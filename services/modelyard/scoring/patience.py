@@ -1,6 +1,6 @@
 """How long a lane lets calls come in before it begins: turns of the event loop, never time.
 
-h2corn hands over in one turn all that has arrived, so nothing is waited for: it cost a fifth of the calls a second.
+h2corn hands over in one turn all that has arrived, so nothing is waited for: it would only cost calls (record 0029).
 grpcio takes several turns for each call, so that of sixty calls that are there a lane sees one, and would run sixty
 predictions where one would do. Whether waiting brings anything is found out by waiting: where it does not, a call is
 begun at once, and only one in ``PROBE`` tries again.

@@ -232,6 +232,7 @@ async def test_a_url_that_cannot_be_right_is_invalid(url: str, words: str) -> No
         await open_store(url, "registry")
 
 
+@pytest.mark.slow
 async def test_a_refused_connection_is_told_within_seconds() -> None:
     began = time.monotonic()
     with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 does not answer: is it running.*refused"):

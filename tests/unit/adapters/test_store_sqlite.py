@@ -258,6 +258,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_a_full_disk_refuses_and_keeps_what_there_is(tmp_path: Path) -> None:
     done = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", FULL, str(tmp_path / "yard.db")],
                                    cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=60)

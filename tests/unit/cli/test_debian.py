@@ -6,11 +6,14 @@ engine runs is proved where images run on a Docker engine (tests/integration).
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -21,6 +24,7 @@ from typer.testing import CliRunner, Result
 
 from modelyard.cli import debian
 from modelyard.cli.main import app
+from tests.e2e.yard import until
 
 TOOL = f"""#!{sys.executable}
 import json, os, shutil, sys
@@ -195,6 +199,67 @@ def test_what_fails_leaves_nothing(tools: Path, tmp_path: Path, monkeypatch: pyt
     assert "cannot be a base's folder" in told("--to", str(tmp_path / "a:b"))
     both = told("--suite", "-x", "--package", "--oops", "--package", "a b")
     assert "suite of Debian" in both and "'--oops'" in both and "'a b'" in both
+
+
+def test_what_a_killed_run_left_goes_with_the_next(tools: Path, tmp_path: Path) -> None:
+    def folder(name: str, holds: str) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / holds).write_text("x")
+        return tmp_path / name
+
+    left, live = folder(".x-abcd_123", "root.tar"), folder(".x-efgh4567", "root.tar")
+    (tmp_path / ".x-linkedto").symlink_to(live)
+    kept = {live, tmp_path / ".x-linkedto", folder(".x-settings", "mine"), folder(".x-old-abcd1234", "root.tar"),
+            folder(".y-abcd1234", "root.tar")}
+    lock = os.open(live, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        done = run("--debian", "--to", str(tmp_path / "x"))
+    finally:
+        os.close(lock)
+    assert done.exit_code == 0 and f"taking away '{left}'" in done.stderr, done.stderr
+    assert set(tmp_path.glob(".*")) == kept
+
+
+HANGS = f"""#!{sys.executable}
+import os, subprocess, sys, time
+target = next(a for a in sys.argv[1:] if a.startswith("/"))
+open(target, "w").write("much")
+child = subprocess.Popen(["sleep", "600"])
+print(f"I: at {{os.getpid()}} {{child.pid}}", flush=True)
+time.sleep(600)
+"""
+
+
+def ended(pid: int) -> bool:
+    """Whether it runs no more; nobody may have asked for its exit code yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_tools_and_leaves_nothing(tmp_path: Path) -> None:
+    tools, bases = tmp_path / "bin", tmp_path / "bases"
+    tools.mkdir()
+    for name in ("mmdebstrap", "unshare", "newuidmap"):
+        (tools / name).write_text(HANGS)
+        (tools / name).chmod(0o755)
+    argv = [sys.executable, "-m", "modelyard", "images", "base", "--debian", "--to", str(bases / "x")]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                          env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}) as process:
+        try:
+            line = next(line for line in process.stderr or () if ": at " in line)
+            pids = [int(word) for word in line.split() if word.isdigit()]
+            assert len(pids) == 2 and [p.name for p in bases.glob(".x-*/*")] == ["root.tar"]
+            process.terminate()
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in said
+    assert list(bases.iterdir()) == []
+    until(lambda: all(map(ended, pids)), 30, why="mmdebstrap and its own end")
 
 
 def test_it_must_be_said_what_of(tools: Path) -> None:

@@ -6,11 +6,12 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from tests.e2e.yard import Yard
+from tests.e2e.yard import Yard, until
 
 from .test_commands import fails
 
@@ -67,6 +68,7 @@ def test_ways_out(live: Yard, signed: str, tmp_path: Path) -> None:
         to = tmp_path / f"{first}.tar"
         done = live.cli("images", "export", "signed", option, str(to))
         assert done.stdout == f"{to}\n" and "exporting signed" in done.stderr
+        assert ("(FROM) is a guess" in done.stderr) is (option == "--to"), "it has no base"
         with tarfile.open(to) as archive:
             assert archive.getnames()[0] == first
     live.cli("images", "export", signed, cwd=tmp_path)
@@ -74,6 +76,28 @@ def test_ways_out(live: Yard, signed: str, tmp_path: Path) -> None:
     assert "has no base" in fails(live, "images", "export", signed, "--docker", str(tmp_path / "d.tar"))
     assert "give one of" in fails(live, "images", "export", signed, "--oci", "a", "--to", "b", code=2)
     assert not (tmp_path / "d.tar").exists()
+
+
+def test_an_image_is_tagged_changed_and_goes_with_its_last_deployment(live: Yard, tmp_path: Path) -> None:
+    (tmp_path / "score.py").write_text("def run(data):\n    return data\n")
+    (tmp_path / "lock.txt").write_text("")
+
+    def said(*args: str) -> dict[str, Any]:
+        return dict(json.loads(live.cli("images", *args, "-o", "json").stdout))
+
+    files = ("--score", str(tmp_path / "score.py"), "--lock", str(tmp_path / "lock.txt"))
+    assert said("build", "brief", *files, "--auto-delete", "--tag", "old=1")["auto_delete"] is True
+    assert said("tag", "brief:1", "stage=trial", "old-")["tags"] == {"stage": "trial"}
+    changed = said("update", "brief:1", "--property", "reviewed=yes", "--description", "short", "--no-auto-delete")
+    assert (changed["tags"], changed["properties"]) == ({"stage": "trial"}, {"reviewed": "yes"})
+    assert (changed["description"], changed["auto_delete"]) == ("short", False)
+    assert "cannot change" in fails(live, "images", "update", "brief:1", "--property", "reviewed=no")
+    fails(live, "images", "tag", "brief:1", "novalue", code=2)
+    live.cli("deployments", "create", "brief", "--image", "brief:1", "--no-wait")
+    kept = said("update", "brief", "--auto-delete")
+    assert kept["auto_delete"] is True and kept["properties"] == {"reviewed": "yes"}, "what was not named stays"
+    live.cli("deployments", "delete", "brief")
+    until(lambda: live.call("GET", "/v1/images/brief:1").status == 404, 60, why="the image went along")
 
 
 def test_gc_shows_first_and_takes_then(live: Yard, signed: str, tmp_path: Path) -> None:

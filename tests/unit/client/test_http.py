@@ -39,6 +39,7 @@ async def http(url: str, timeout_s: float = 5) -> AsyncIterator[Http]:
         await session.close()
 
 
+@pytest.mark.slow
 async def test_post_is_repeated_under_one_key() -> None:
     keys = []
 

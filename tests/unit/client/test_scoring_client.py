@@ -192,6 +192,7 @@ async def test_who_reads_slowly_is_asked_slowly_async(server: Replica) -> None:
     assert taken == given == 100
 
 
+@pytest.mark.slow
 def test_each_item_has_a_deadline(scorer: ScoringClient) -> None:
     began = time.monotonic()
     (late,) = scorer.infer_many([{"sleep": np.array([1.5])}], timeout_s=0.5, on_error="return")
@@ -252,6 +253,7 @@ def wait_until(true: Any, seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_what_a_full_queue_refuses_is_sent_again(tmp_path: Path) -> None:
     with serving(tmp_path, "h2", max_queue=4) as server, ScoringClient(server.grpc, model="echo") as client:
         items = ({"n": np.array([n]), "sleep": np.array([0.002])} for n in range(100))
@@ -259,6 +261,7 @@ def test_what_a_full_queue_refuses_is_sent_again(tmp_path: Path) -> None:
     assert sorted(ran(tmp_path)) == list(range(100))
 
 
+@pytest.mark.slow
 def test_one_client_uses_several_servers(tmp_path: Path) -> None:
     with serving(tmp_path / "a", "h2") as one, serving(tmp_path / "b", "grpc") as two:
         pids = {one.process.pid, two.process.pid}
@@ -296,6 +299,7 @@ def test_options_that_cannot_be(scorer: ScoringClient) -> None:
             scorer.infer_many([], **given)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_over_tls_with_a_certificate_of_its_own(tmp_path: Path) -> None:
     files = certificates(tmp_path)
     arguments = ("--tls-cert", str(files["server.crt"]), "--tls-key", str(files["server.key"]),

@@ -67,6 +67,7 @@ def split(results: list[Any]) -> tuple[list[int], list[int]]:
 
 
 @TRANSPORTS
+@pytest.mark.slow
 def test_killed_and_allowed_to_repeat(tmp_path: Path, transport: str) -> None:
     with Restarts(tmp_path, transport, 60, 150, kill=True) as server, server.client() as client:
         good, bad = split(list(client.infer_many(server.items(), repeat=True, in_flight=32, outage_s=60)))
@@ -75,6 +76,7 @@ def test_killed_and_allowed_to_repeat(tmp_path: Path, transport: str) -> None:
 
 
 @TRANSPORTS
+@pytest.mark.slow
 def test_killed_and_not_allowed_to_repeat(tmp_path: Path, transport: str) -> None:
     """Nothing runs twice: what was under way has failed, and what was sent before the loss was known; the new server
     scores the rest."""
@@ -124,6 +126,7 @@ def test_an_upgrade_under_load(tmp_path: Path, transport: str, repeat: bool) -> 
         assert len(bad) <= 16 and len(set(done)) == len(done)
 
 
+@pytest.mark.slow
 def test_an_item_that_ends_the_server_fails_alone(tmp_path: Path) -> None:
     """It is tried, first among others and then alone, and given up; the others are scored."""
     address = f"127.0.0.1:{free_ports(1)[0]}"

@@ -15,7 +15,8 @@ from tests.e2e.yard import Yard, until
 
 BUILD = [
     Client, AsyncModels.register, AsyncModels.get, AsyncModels.list, AsyncModels.update, AsyncModels.alias,
-    AsyncImages.build, AsyncImages.list, AsyncDeployments.create, AsyncDeployments.get, AsyncDeployments.list,
+    AsyncImages.build, AsyncImages.list, AsyncImages.update, AsyncDeployments.create, AsyncDeployments.get,
+    AsyncDeployments.list,
 ]
 WATCH = [
     AsyncCapture.read, AsyncCapture.verify, AsyncClient.telemetry, AsyncClient.events, AsyncDeadLetters.list,

@@ -1,7 +1,6 @@
 """What callers give, as tensors and as JSON."""
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from modelyard.client.oip import to_tensors
@@ -20,6 +19,8 @@ def test_rows_take_the_declared_name_and_datatype() -> None:
 
 
 def test_arrays_frames_and_columns_keep_their_own() -> None:
+    import pandas as pd
+
     assert described(np.zeros((2, 3), np.float16), X="FP32") == [("X", "FP16", [2, 3])], "no cast"
     frame = pd.DataFrame({"a": [1.5], "b": ["x"]})
     assert described(frame) == [("a", "FP64", [1]), ("b", "BYTES", [1])]
@@ -38,6 +39,8 @@ def test_what_is_no_array_is_refused(data: object) -> None:
 
 
 def test_json_bodies() -> None:
+    import pandas as pd
+
     assert json_body([[1, 2]]) == {"data": [[1, 2]]}
     assert json_body(np.ones((1, 2))) == {"data": [[1.0, 1.0]]}
     assert json_body(pd.DataFrame({"a": [1], "b": ["x"]})) == {"a": [1], "b": ["x"]}

@@ -49,6 +49,7 @@ def condition(doc: dict[str, Any]) -> tuple[str, str]:
     return found["reason"], found["message"]
 
 
+@pytest.mark.slow
 async def test_what_the_yard_signed_runs_and_nothing_else(tmp_path: Path) -> None:
     async with wary(tmp_path) as (desk, own):
         stranger = await signer(await asyncio.to_thread(_folder, tmp_path / "stranger"))
@@ -73,6 +74,7 @@ async def test_what_the_yard_signed_runs_and_nothing_else(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.slow
 async def test_an_image_that_is_built_later_is_looked_at_then(tmp_path: Path, signed: bool) -> None:
     async with wary(tmp_path) as (desk, own):
         image = await desk.image(1, phase="building")
@@ -98,6 +100,7 @@ async def test_an_image_that_is_built_later_is_looked_at_then(tmp_path: Path, si
         await desk.gone()
 
 
+@pytest.mark.slow
 async def test_going_back_to_an_unsigned_generation_is_refused(tmp_path: Path) -> None:
     async with wary(tmp_path) as (desk, own):
         local = desk.context("deployer").targets["local"]

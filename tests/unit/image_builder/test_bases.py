@@ -151,6 +151,13 @@ async def test_the_image_of_the_platform_is_taken_from_a_list(yard: Yard, layout
     assert failed["phase"] == "failed" and "no image for linux/amd64; it has: linux/arm64" in failed["reason"]
 
 
+async def test_a_base_that_is_known_is_still_of_one_platform(yard: Yard, layout: Layout) -> None:
+    base = layout.tag(layout.image(layer(DEBIAN, LINKS)))
+    assert (await yard.small("based", base=base, platform="linux/amd64"))["phase"] == "ready"
+    other = await yard.small("based", base=base, platform="linux/arm64")
+    assert other["phase"] == "failed" and "is for linux/amd64, the image for linux/arm64" in other["reason"]
+
+
 async def test_an_unnamed_image_is_the_latest(yard: Yard, layout: Layout) -> None:
     base = layout.tag(layout.image(layer(DEBIAN, LINKS)), name=None)
     assert (await yard.small("based", base=base))["phase"] == "ready"

@@ -141,6 +141,53 @@ async def test_a_model_folder(yard: Yard, tmp_path: Path) -> None:
     assert "opt/modelyard/models/tree/1/run.sh" in files
 
 
+async def test_of_a_large_model_no_copy_is_written(yard: Yard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither as it came nor as a layer; a folder is looked into, so it is brought, but its layer is not kept."""
+    from modelyard.core.archives import pack
+
+    weights = bytes(range(256)) * 12_000 + b"!"
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "weights.bin").write_bytes(weights)
+    packed = b"".join(await asyncio.to_thread(lambda: list(pack(tmp_path / "tree"))))
+    await yard.register("large", weights, filename="w.bin")
+    await yard.register("tree", packed, unpack=True)
+    put, seen = yard.images.images.put_blob, set()
+
+    def look() -> None:
+        scratch = tmp_path / "data" / "image-builder" / "tmp"
+        seen.update(p.name for p in scratch.rglob("*") if p.is_file() and p.stat().st_size > 1 << 20)
+
+    async def looking(repo: str, digest: str, chunks: AsyncIterable[bytes]) -> bool:
+        await asyncio.to_thread(look)
+        return await put(repo, digest, chunks)
+
+    monkeypatch.setattr(yard.images.images, "put_blob", looking)
+    assert (await yard.small("both", models=["large", "tree"]))["phase"] == "ready"
+    assert seen == {"model-1"}
+    found = await yard.images.images.get_manifest("both", "1")
+    assert found is not None
+    files = await contents(yard, json.loads(found[0]))
+    assert files["opt/modelyard/models/large/1/w.bin"] == weights
+    assert files["opt/modelyard/models/tree/1/weights.bin"] == weights
+
+
+async def test_a_large_model_that_is_not_what_was_registered_fails_the_build(yard: Yard, tmp_path: Path) -> None:
+    for word in ("is damaged", "is gone"):
+        weights = word.encode() * 300_000
+        model = await yard.register("large", weights)
+        (kept,) = await asyncio.to_thread(of_size, tmp_path / "data" / "blobs", len(weights))
+        if word == "is gone":
+            await asyncio.to_thread(kept.unlink)
+        else:
+            await asyncio.to_thread(kept.write_bytes, b"?" + weights[1:])
+        over = await yard.small("large", models=[model])
+        assert over["phase"] == "failed" and word in over["reason"] and model in over["reason"]
+
+
+def of_size(folder: Path, size: int) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size == size]
+
+
 async def test_models_are_held_from_the_answer_on_and_let_go_at_the_end(yard: Yard) -> None:
     await yard.register("iris")
     doc = await yard.post(name="user", models=["iris"], score=await yard.upload(SCORE), lock=await yard.upload(b""))
@@ -229,6 +276,8 @@ async def test_the_context_is_one_tar_that_says_how(yard: Yard) -> None:
         assert archive.extractfile("opt/modelyard/models/iris/1/model.bin").read() == b"weights"
     assert {"requirements.lock", "opt/modelyard/score/score.py", "opt/modelyard/image.json"} <= set(names)
     assert 'ENV A="b c"' in recipe and "USER 10001" in recipe
+    comment, base = recipe.splitlines()[1:3]
+    assert base.startswith("FROM python:3.") and "A GUESS: the image has no base" in comment
     bad = await yard.small(score=await yard.upload(b"x"))
     assert (await yard.call("GET", f"/v1/images/{bad['id']}/context")).status == 409
 

@@ -24,7 +24,8 @@ from modelyard.image_builder.request import own_platform, own_python
 from modelyard.image_builder.sandbox import Limits
 from modelyard.image_builder.sdists import Sdists
 from modelyard.kernel.cache import Cache
-from tests.unit.core.test_archives import END, HOSTILE
+from tests.lanes import slow_but
+from tests.unit.core.test_archives import END, HOSTILE, hostile
 
 from .conftest import SCORE, Yard
 from .packages import index, sandboxed, sdist, wheel  # noqa: F401  (fixtures)
@@ -79,6 +80,7 @@ def springs(data: bytes) -> bool:
     return True
 
 
+@pytest.mark.slow
 async def test_no_pickle_is_loaded_by_registering_or_building(yard: Yard, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     made = pickles(f"touch {canary}", f"open({str(canary)!r}, 'w').close()")
@@ -139,9 +141,11 @@ def outside(tmp_path: Path) -> list[str]:
     return sorted(p.name for p in tmp_path.iterdir()) + [p.name for p in Path("/tmp").glob("modelyard-outside*")]
 
 
+@pytest.mark.slow
 async def test_no_hostile_archive_leaves_its_place(yard: Yard, tmp_path: Path) -> None:
     before = outside(tmp_path)
-    for name, raw in HOSTILE.items():
+    for name in HOSTILE:
+        raw = hostile(name)
         if name in ("no tar", "zip", "empty") or not raw:
             continue  # as a scoring file: a text that does not parse
         whole = raw if name in ("no end", "cut in a header", "size beyond the end", "huge size") else raw + END
@@ -210,7 +214,7 @@ def _bare(path: Path) -> None:
         archive.addfile(info)
 
 
-@pytest.mark.parametrize("name", SDISTS)
+@pytest.mark.parametrize("name", slow_but({"parent"}, SDISTS))
 async def test_a_hostile_sdist_is_refused(
         name: str, index: Path, tmp_path: Path, sandboxed: None) -> None:  # noqa: F811
     path, folder = sdist(index, "foo", "1.0"), tmp_path / "build"
@@ -250,7 +254,7 @@ WHEELS: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", WHEELS)
+@pytest.mark.parametrize("name", slow_but({"parent", "a symbolic link"}, WHEELS))
 async def test_a_hostile_wheel_writes_nothing_outside(
         name: str, index: Path, yard: Yard, tmp_path: Path) -> None:  # noqa: F811
     WHEELS[name](wheel(index, "foo", "1.0"))

@@ -16,6 +16,7 @@ import pytest
 from modelyard.core.errors import BuildFailed
 from modelyard.image_builder import sandbox
 from modelyard.image_builder.sandbox import Limits
+from tests.lanes import slow_but
 
 from .packages import sandboxed  # noqa: F401  (a fixture)
 
@@ -82,7 +83,7 @@ async def python(code: str, folder: Path, limits: Limits = SMALL) -> dict[str, P
     return await sandbox.run("it", [program, "-c", code], folder, limits=limits)
 
 
-@pytest.mark.parametrize("name", OVER)
+@pytest.mark.parametrize("name", slow_but({"memory", "a signal", "status"}, OVER))
 async def test_over_a_limit(name: str, tmp_path: Path) -> None:
     code, told = OVER[name]
     with pytest.raises(BuildFailed, match=told):
@@ -166,6 +167,7 @@ def host(code: str, folder: Path, before: str = "", **more: object) -> subproces
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)  # type: ignore[call-overload]
 
 
+@pytest.mark.slow
 async def test_it_dies_with_the_builder(tmp_path: Path) -> None:
     builder = host(f"import time; time.sleep(600)  # {tmp_path.name}", tmp_path)
     await until(lambda: len(running(tmp_path.name)) > 1)
@@ -176,6 +178,7 @@ async def test_it_dies_with_the_builder(tmp_path: Path) -> None:
     builder.stdout.close()
 
 
+@pytest.mark.slow
 def test_where_there_is_none_nothing_runs(tmp_path: Path) -> None:
     """The kernel refuses namespaces, to root as well: our own filter of system calls says so."""
     init = ROOT / "services" / "modelyard" / "image_builder" / "sandbox_init.py"
@@ -191,6 +194,7 @@ def test_where_there_is_none_nothing_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the other tests are not root already")
+@pytest.mark.slow
 def test_without_root(host_socket: str) -> None:
     other = {"user": 4321, "group": 4321, "extra_groups": []}
     programs = [sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"]

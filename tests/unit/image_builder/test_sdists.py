@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import socket
@@ -18,6 +19,7 @@ import pytest
 from modelyard.image_builder import sdists, uv
 from modelyard.image_builder.locks import read_lock
 from modelyard.image_builder.request import own_platform, own_python
+from tests.lanes import slow_but
 
 from .conftest import SCORE, Yard, running
 from .packages import index, sandboxed, sdist, wheel  # noqa: F401  (fixtures)
@@ -41,6 +43,7 @@ def left(data: Path) -> list[Path]:
     return [*data.glob("image-builder/tmp/*")]
 
 
+@pytest.mark.slow
 async def test_it_is_built_once_and_locked_by_both_hashes(
         tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     wheel(index, "tool", "2.0", {"tool/seven.py": "X = 7\n"})
@@ -66,6 +69,7 @@ async def test_it_is_built_once_and_locked_by_both_hashes(
         assert "made with 7" in log and again["digest"] == doc["digest"], log
 
 
+@pytest.mark.slow
 async def test_a_lock_that_knows_only_the_source(tmp_path: Path, index: Path, yard: Yard) -> None:  # noqa: F811
     source = sdist(index, "foo", "1.0")
     doc, log = await built(yard, requirements=["foo"])
@@ -84,6 +88,7 @@ async def test_a_lock_that_knows_only_the_source(tmp_path: Path, index: Path, ya
         assert failed["phase"] == "failed" and told in failed["reason"], log
 
 
+@pytest.mark.slow
 async def test_what_is_needed_to_build_may_itself_be_source(index: Path, yard: Yard) -> None:  # noqa: F811
     sdist(index, "tool", "1.0")
     sdist(index, "foo", "1.0", "import tool; print('made with', tool.MADE)\n"
@@ -109,7 +114,7 @@ class _Quiet:
     async def line(self, text: str) -> None: ...
 
 
-@pytest.mark.parametrize(("code", "told"), [
+BAD = [
     ("raise RuntimeError('no compiler here')", "no compiler here"),
     ("def get_requires_for_build_wheel(settings=None): return ['-e /etc']", "options are not taken"),
     ("def get_requires_for_build_wheel(settings=None): return ['x @ git+ssh://h/x']", "only https URLs of wheels"),
@@ -121,7 +126,10 @@ class _Quiet:
      "  for n in range(20001): z.writestr(str(n), '')\nos._exit(0)", "at most 20000 files"),
     ("import os; os.symlink('/etc/passwd', '/out/foo-1.0-py3-none-any.whl'); os._exit(0)", "made no wheel"),
     ("import os; open('/out/-x', 'w').close(); os._exit(0)", "no name of a file"),
-])
+]
+
+
+@pytest.mark.parametrize(("code", "told"), [BAD[0], *(pytest.param(*bad, marks=pytest.mark.slow) for bad in BAD[1:])])
 async def test_what_comes_out_is_looked_at(
         code: str, told: str, index: Path, yard: Yard, tmp_path: Path) -> None:  # noqa: F811
     sdist(index, "foo", "1.0", code)
@@ -160,7 +168,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", slow_but({"a connection", "the signing key"}, HOSTILE))
 async def test_a_hostile_source_reaches_nothing(
         name: str, index: Path, yard: Yard, tmp_path: Path, ear: tuple[int, list[bytes]],  # noqa: F811
         monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +185,7 @@ async def test_a_hostile_source_reaches_nothing(
     assert not Path("/usr/lib/modelyard-was-here").exists()
 
 
+@pytest.mark.slow
 async def test_deleting_an_image_ends_its_sandbox(index: Path, yard: Yard, tmp_path: Path) -> None:  # noqa: F811
     sdist(index, "foo", "1.0", "print('begun', flush=True)\nwhile True: pass")
     doc = await yard.post(name="stuck", score=await yard.upload(SCORE), requirements=["foo==1.0"])
@@ -192,15 +201,22 @@ async def test_deleting_an_image_ends_its_sandbox(index: Path, yard: Yard, tmp_p
 
 
 def inside() -> list[str]:
-    """Processes that build from source."""
+    """Processes of this test that build from source: other workers have their own."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"sdist_hook.py" in path.read_bytes():
+            if b"sdist_hook.py" in path.read_bytes() and ours(path.parent.name):
                 found.append(path.parent.name)
         except OSError:
             continue
     return found
+
+
+def ours(pid: str) -> bool:
+    while pid not in ("0", str(os.getpid())):
+        status = Path("/proc", pid, "status").read_text()
+        pid = next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:"))
+    return pid != "0"
 
 
 SETUP = """

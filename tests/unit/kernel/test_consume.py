@@ -347,6 +347,7 @@ async def test_an_outage_of_the_bus_is_waited_out(house: OpenHouse, plan: Plan,
     assert sum("the bus is away" in r.getMessage() for r in caplog.records) == 1
 
 
+@pytest.mark.slow
 async def test_a_handler_that_never_ends_is_given_up(house: OpenHouse, plan: Plan,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consuming, "HANDLER_S", 0.05)

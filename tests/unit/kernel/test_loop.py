@@ -254,6 +254,7 @@ async def test_the_outcome_is_applied_to_the_newest_document(house: OpenHouse) -
         assert (await get(h)).note == "user 4"
 
 
+@pytest.mark.slow
 async def test_a_wish_during_a_step_is_not_lost(house: OpenHouse) -> None:
     """A caller moves ``due`` while a step runs: the step is not disturbed, and the loop looks again."""
     seen: list[int] = []

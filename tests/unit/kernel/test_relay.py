@@ -83,6 +83,7 @@ async def test_what_another_process_committed_and_left_is_published(house: OpenH
         await until(lambda: published(h), within=2)
 
 
+@pytest.mark.slow
 async def test_an_outage_is_waited_out_and_said_once(house: OpenHouse, caplog: pytest.LogCaptureFixture) -> None:
     faults = Faults()
     async with house() as h:

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from modelyard.core.errors import BuildFailed, Denied, Unavailable
-from modelyard.kernel import call
+from modelyard.kernel import call, web
 from tests.unit.kernel.garden import Plant, Yard, yard
 
 YAML = {"content-type": "application/yaml"}
@@ -280,6 +280,28 @@ async def test_long_poll(here: Yard) -> None:
     for wrong in ("soon", "-1", "nan", "1e9"):
         status, _, body = await here.call("GET", f"/v1/plants/rose?wait={wrong}")
         assert status == 422 and body["errors"][0]["field"] == "wait"
+
+
+async def test_whoever_hangs_up_while_waiting_is_no_error(here: Yard, caplog: pytest.LogCaptureFixture) -> None:
+    await here.call("POST", "/v1/plants", json={"name": "rose"})
+    waiting = asyncio.create_task(here.call("GET", "/v1/plants/rose?wait=30"))
+
+    async def running(number: float) -> None:
+        async with asyncio.timeout(10):
+            while call_count() != number:
+                await asyncio.sleep(0.02)
+
+    await running(1)
+    waiting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await waiting
+    await running(0)
+    assert (await here.call("GET", "/v1/plants/rose"))[0] == 200
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def call_count() -> float:
+    return web.RUNNING._value.get()
 
 
 async def test_stopping_ends_waits_and_streams_and_answers_what_runs(tmp_path: Path) -> None:

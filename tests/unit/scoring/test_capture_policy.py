@@ -255,7 +255,7 @@ async def test_a_sync_that_fails_is_a_write_that_failed(tmp_path: Path, monkeypa
     assert [f.sequence for f in spooled(tmp_path) if f.kind == RECORD] == [1, 2]
 
 
-@pytest.mark.parametrize("on_pressure", ["drop", "reject", "block"])
+@pytest.mark.parametrize("on_pressure", ["drop", "reject", pytest.param("block", marks=pytest.mark.slow)])
 async def test_under_pressure_every_call_is_accounted_for(tmp_path: Path, on_pressure: str) -> None:
     """300 calls against a spool for fewer than a hundred: each is recorded or counted with the policy's reason."""
     room = tmp_path / "spool"

@@ -81,6 +81,7 @@ async def test_what_would_wait_too_long_is_refused_at_once_and_the_rest_is_answe
         assert plane.metrics.in_flight == 0
 
 
+@pytest.mark.slow
 async def test_who_has_time_waits(tmp_path: Path) -> None:
     async with open_plane(tmp_path, SLOW) as plane:
         await plane.handle([call(60) for _ in range(20)])

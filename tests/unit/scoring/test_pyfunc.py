@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from modelyard.core.errors import Invalid
@@ -30,6 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     """Entries of image.json, with what the registry would say of each."""
     warnings.simplefilter("ignore")
     import mlflow.pyfunc
+    import pandas as pd
     from mlflow.models import infer_signature
 
     class Sum(mlflow.pyfunc.PythonModel):
@@ -127,6 +127,7 @@ async def test_what_does_not_start(tmp_path: Path, folders: dict[str, Any]) -> N
 
 
 def test_mlflows_own_dictionary_is_a_signature() -> None:
+    import pandas as pd
     from mlflow.models import infer_signature
 
     said = infer_signature(pd.DataFrame({"a": [1.0]}), np.ones((2, 3))).to_dict()

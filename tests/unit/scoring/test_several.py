@@ -11,7 +11,6 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-import skops.io
 
 from modelyard.scoring.serve import CANNOT_START
 from modelyard.wire import inference_pb2 as pb
@@ -105,6 +104,8 @@ def test_each_answers_under_its_name_on_both_protocols(several: Replica) -> None
 
 
 def test_a_model_that_cannot_load_is_named(models: list[dict[str, Any]], tmp_path: Path) -> None:
+    import skops.io  # takes seconds, and every worker reads every file
+
     (tmp_path / "bad.skops").write_bytes(skops.io.dumps(object()))
     bad = {"name": "bad", "version": 7, "file": tmp_path / "bad.skops", "framework": "scikit-learn"}
     with launch(make_root(tmp_path / "root", models=[models[0], bad, models[2]]), wait=False) as replica:

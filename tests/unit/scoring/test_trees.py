@@ -11,15 +11,15 @@ from modelyard.core.tensors import Tensor
 from modelyard.scoring.runners import CannotStart
 from tests.unit.scoring.planes import grpc_call, infer, open_plane, score
 
-lightgbm = pytest.importorskip("lightgbm")
-xgboost = pytest.importorskip("xgboost")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The same task for both: files by name, what the libraries themselves say, and some rows."""
-    import joblib
+    import joblib  # with these, what takes seconds to import: every worker reads this file
+    import lightgbm
+    import xgboost
     from sklearn.datasets import load_iris
 
     folder = tmp_path_factory.mktemp("trees")

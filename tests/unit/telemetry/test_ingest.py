@@ -229,6 +229,7 @@ async def test_nonsense_stays_where_it_is_and_stops_nobody(here: Bench, caplog: 
     assert len([r for r in caplog.records if "cannot be read" in r.message]) == 1
 
 
+@pytest.mark.slow
 async def test_more_than_a_batch_is_taken_in_turns(here: Bench) -> None:
     life = Life()
     for _ in range(150):
