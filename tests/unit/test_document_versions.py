@@ -39,7 +39,7 @@ from modelyard.telemetry.model import File, Life, Segment
 NOW = datetime(2026, 11, 23, 14, 5, 6, 7, tzinfo=UTC)
 DIGEST = "sha256:" + "0" * 64
 MAPS = ("tags", "properties", "env", "holds", "ports", "endpoints", "not_recorded", "signature", "signatures",
-        "samples")
+        "samples", "served_as")
 """Fields that are callers' or our own maps of names, not objects with fields."""
 BY_NAME = ("secrets",)
 NEWER = {"by": ["N"], "text": "kept"}
