@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 
-from tests.contract.transports import INFER, STREAM, Served, ask, failed, outcome, streamed, wait_for
+from tests.contract.transports import INFER, STREAM, Served, ask, failed, outcome, serving, streamed, wait_for
 from tests.raw_h2 import RawClient, framed, unframed
 
 MIB = 1 << 20
@@ -57,6 +59,27 @@ def test_messages_that_arrive_in_one_piece_are_answered_together(served: Served)
         client.send(stream, b"", end=True)
         assert client.answer(stream).status == "0"
         assert [streamed(m).infer_response.id for m in unframed(heard.body)] == [str(n) for n in range(100)]
+
+
+BATCHED = """
+import time
+import numpy as np
+def run_batch(data: np.ndarray):
+    time.sleep(0.02)
+    return data
+"""
+
+
+@pytest.mark.parametrize("transport", ["grpc", "h2"])
+def test_one_prediction_answers_many_messages_of_a_stream(transport: str, tmp_path: Path) -> None:
+    with (serving(tmp_path, transport, score=BATCHED) as own, grpc.insecure_channel(own.address) as channel):
+        sent = [np.array([float(n)]) for n in range(100)]
+        answers = channel.stream_stream(STREAM)((ask(x, id=str(n)) for n, x in enumerate(sent)), timeout=60)
+        got = [outcome(streamed(body).infer_response.SerializeToString()) for body in answers]
+        assert [x.tolist() for x in got] == [x.tolist() for x in sent]
+        shown = own.replica.get("/metrics")[1].decode()
+        (batches,) = re.findall(r"^modelyard_scoring_batch_calls_count\S* (\S+)", shown, re.MULTILINE)
+        assert 1 <= float(batches) <= 50, "100 where each waits for the one before"
 
 
 def unframed_so_far(body: bytes) -> list[bytes]:

@@ -27,7 +27,7 @@ from .dataplane import DataPlane
 from .grpc_wire import Refused
 from .h2_call import Gone, H2Call, Receive, Send, alone, deadline
 from .h2_infer import Infer, adopt, again, take
-from .h2_stream import Stream
+from .streams import Stream
 from .transport import binary_trace, request_id, trace
 
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
@@ -162,7 +162,7 @@ class H2App:
                        for body in bunch]
 
         async with _until(call.deadline):
-            last = await Stream(self.plane, call).run(asked())
+            last = await Stream(self.plane, call.send).run(asked())
             await call.finish((wire.STATUS_OK, *(() if last is None else self.metadata(last))))
 
     async def _watch(self, call: H2Call) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -24,6 +24,7 @@ from .calls import Answer, Call, statuses
 from .codecs import GrpcCodec, StreamCodec
 from .dataplane import DataPlane
 from .oip import SERVICE
+from .streams import Stream
 from .transport import CONNECTION_AGE_S, Tls, Transport, clear_socket, parse_address, request_id, trace
 
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
@@ -100,33 +101,42 @@ class GrpcTransport(Transport, grpc.GenericRpcHandler):  # type: ignore[misc]
             await self._health.set(service, status)
 
     async def _infer(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        answer = await self._ask("grpc", "ModelInfer", self._codec, request, context)
+        call = self._caller("grpc", "ModelInfer", self._codec, context)(request)
+        answer = (await self._plane.handle((call,)))[0]
         metadata = _metadata(answer, self._plane.deployment)
         if answer.error is not None:
             await _abort(context, answer.error, metadata)
         context.set_trailing_metadata(metadata)
         return answer.body
 
-    async def _stream(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    async def _stream(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         """One answer for each message, in order; a message that fails is answered with ``error_message``."""
-        answer = None
-        async for request in requests:
-            answer = await self._ask("stream", "ModelStreamInfer", self._stream_codec, request, context)
-            yield answer.body
+        begin = self._caller("stream", "ModelStreamInfer", self._stream_codec, context)
+
+        async def bunches() -> AsyncIterator[list[Call]]:
+            async for request in requests:
+                yield [begin(request)]
+
+        async def send(bodies: list[bytes]) -> None:
+            for body in bodies:
+                await context.write(body)
+
+        answer = await Stream(self._plane, send).run(bunches())
         if answer is not None:
             context.set_trailing_metadata(_metadata(answer, self._plane.deployment))
 
-    async def _ask(self, protocol: str, method: str, codec: GrpcCodec, request: bytes,
-                   context: grpc.aio.ServicerContext) -> Answer:
+    def _caller(self, protocol: str, method: str, codec: GrpcCodec,
+                context: grpc.aio.ServicerContext) -> Callable[[bytes], Call]:
+        """What makes calls of the messages of one stream or request."""
         key = self._plane.sampling_header
         given = {k: v for k, v in context.invocation_metadata() or () if k in ("x-request-id", "traceparent", key)}
         left = context.time_remaining()
         deadline = math.inf if left is None else time.monotonic() + left
         traced, parent = trace(given.get("traceparent"))
-        call = Call(protocol, method, request, PROTO, codec, deadline=deadline,
-                    request_id=request_id(given.get("x-request-id")), trace_id=traced, parent=parent,
-                    key=str(given.get(key, "")))
-        return (await self._plane.handle((call,)))[0]
+        return lambda request: Call(
+            protocol, method, request, PROTO, codec, deadline=deadline,
+            request_id=request_id(given.get("x-request-id")), trace_id=traced, parent=parent,
+            key=str(given.get(key, "")))
 
 
 def _unary(method: oip.Method) -> Any:

@@ -1,4 +1,4 @@
-"""ModelStreamInfer on one HTTP/2 stream: read and submit on one side, answer in order on the other.
+"""ModelStreamInfer, by whichever transport: read and submit on one side, answer in order on the other.
 
 What is ready together leaves in one write. A caller that does not read its answers is not read from either, once
 ``WINDOW`` messages are under way.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from .calls import Answer, Call, Plane
-from .h2_call import H2Call
 
 WINDOW = 256
 
@@ -33,10 +32,11 @@ class _Slot:
 
 
 class Stream:
-    """``run`` ends when every message of ``bunches`` is answered, and gives back the last answer."""
+    """``run`` ends when every message of ``bunches`` is answered, and gives back the last answer. ``send`` takes the
+    bodies that are ready together and returns when there is room for more."""
 
-    def __init__(self, plane: Plane, call: H2Call) -> None:
-        self._plane, self._call = plane, call
+    def __init__(self, plane: Plane, send: Callable[[list[bytes]], Awaitable[None]]) -> None:
+        self._plane, self._send = plane, send
         self._slots: deque[_Slot] = deque()
         self._last: Answer | None = None
         self._all_read = False
@@ -87,7 +87,7 @@ class Stream:
                     self._last = answer
                 if ready:
                     self._room.set()
-                    await self._call.send(ready)
+                    await self._send(ready)
                 elif self._all_read and not slots:
                     return
                 else:
