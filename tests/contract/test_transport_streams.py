@@ -164,7 +164,7 @@ def test_a_deadline_ends_a_stream(channel: grpc.Channel, served: Served) -> None
         yield ask(id="0")
         go_on.wait(10)
 
-    answers = channel.stream_stream(STREAM)(bodies(), timeout=0.5)
+    answers = channel.stream_stream(STREAM)(bodies(), timeout=2)
     assert streamed(next(answers)).infer_response.id == "0"
     assert failed(lambda: next(answers)).code() == grpc.StatusCode.DEADLINE_EXCEEDED
     go_on.set()
