@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import Invalid
+from .arguments import text_of
 from .calls import Asked, ScoringFailed
 from .cores import cores
 from .image import Model, Slot
@@ -65,8 +66,7 @@ class OnnxRunner(RowRunner):
         if wanted.kind == "O":
             if array.dtype.kind not in "OUS":
                 raise Invalid(f"tensor '{name}': the model takes text, not {array.dtype}")
-            flat = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in array.ravel().tolist()]
-            return np.array(flat, object).reshape(array.shape)
+            return text_of(name, array)
         if array.dtype != wanted and not np.can_cast(array.dtype, wanted, "same_kind"):
             raise Invalid(f"tensor '{name}': the model takes {wanted}, not {array.dtype}")
         return array.astype(wanted, copy=False)

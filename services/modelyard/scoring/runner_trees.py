@@ -38,7 +38,7 @@ class BoosterRunner(RowRunner):
         unknown = [name for name in asked.outputs if name != "predict"]
         if unknown:
             raise Invalid(f"there is no output '{unknown[0]}'; there is: predict")
-        rows = the_input(asked)
+        name, rows = the_input(asked)
         if rows.ndim != 2 or (self._features and rows.shape[1] != self._features):
             raise Invalid(f"the model takes rows of {self._features} numbers, shape [n, {self._features}]; it was "
                           f"given shape {list(rows.shape)}")
