@@ -62,8 +62,8 @@ class SklearnRunner(RowRunner):
         if rows.dtype.kind == "O":
             rows = text_of(name, rows)
         if self._features is not None and (rows.ndim != 2 or rows.shape[1] != self._features):
-            raise Invalid(f"the model takes rows of {self._features} numbers, shape [n, {self._features}]; it was "
-                          f"given shape {list(rows.shape)}")
+            raise Invalid(f"tensor '{name}': the model takes rows of {self._features} numbers, shape "
+                          f"[n, {self._features}]; it was given shape {list(rows.shape)}")
         return rows
 
 

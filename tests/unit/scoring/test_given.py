@@ -10,7 +10,7 @@ import pytest
 
 from modelyard.core.errors import Invalid
 from modelyard.core.tensors import Tensor
-from tests.unit.scoring.planes import infer, open_plane
+from tests.unit.scoring.planes import infer, open_plane, score
 
 BYTES = np.array([[b"fine", "é".encode()], [b"caf\xe9", b""]], object)
 
@@ -48,3 +48,38 @@ async def test_bytes_that_are_no_text_are_refused(tmp_path: Path, flavour: str) 
             await infer(plane, x=Tensor("x", BYTES))
         answer = await infer(plane, x=Tensor("x", BYTES[:1]))
         assert answer == ({"y": BYTES[:1].tolist()} if flavour == "onnx" else {"predict": [0]})
+
+
+def forest(folder: Path, framework: str) -> Path:
+    """A small model of four columns."""
+    x, y = np.arange(80.0).reshape(20, 4), np.arange(20) % 2
+    if framework == "scikit-learn":
+        import skops.io
+        from sklearn.linear_model import LogisticRegression
+
+        skops.io.dump(LogisticRegression().fit(x, y), folder / "m.skops")
+        return folder / "m.skops"
+    if framework == "lightgbm":
+        import lightgbm
+
+        lightgbm.LGBMClassifier(n_estimators=2, verbose=-1, n_jobs=1).fit(x, y).booster_.save_model(folder / "m.txt")
+        return folder / "m.txt"
+    import xgboost
+
+    xgboost.XGBClassifier(n_estimators=2, n_jobs=1).fit(x, y).save_model(folder / "m.json")
+    return folder / "m.json"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("framework", ["scikit-learn", "lightgbm", "xgboost"])
+async def test_a_wrong_shape_is_told_with_the_tensor_s_name(tmp_path: Path, framework: str) -> None:
+    model = {"name": "m", "version": 1, "file": forest(tmp_path, framework), "framework": framework}
+    shape = r"the model takes rows of 4 numbers, shape \[n, 4\]; it was given shape \[1, 3\]"
+    async with open_plane(tmp_path, models=[model]) as plane:
+        with pytest.raises(Invalid, match=f"tensor 'petals': {shape}"):
+            await infer(plane, petals=np.zeros((1, 3)))
+        with pytest.raises(Invalid, match=f"tensor 'data': {shape}"):
+            await score(plane, {"data": [[1, 2, 3]]})
+        if framework != "scikit-learn":
+            with pytest.raises(Invalid, match="tensor 'petals': the model takes numbers, not text"):
+                await infer(plane, petals=np.array([["a"] * 4]))
