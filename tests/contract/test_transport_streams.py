@@ -91,7 +91,7 @@ def unframed_so_far(body: bytes) -> list[bytes]:
 
 def test_every_message_of_a_stream_is_captured(channel: grpc.Channel, served: Served) -> None:
     mine = uuid.uuid4().hex
-    bodies = [ask(id=str(n), model="no" if n == 3 else "flower", fail=n == 4) for n in range(6)]
+    bodies = [ask(model="no" if n == 3 else "flower", fail=n == 4) for n in range(6)]
     answers = list(channel.stream_stream(STREAM)(iter(bodies), metadata=(("x-request-id", mine),), timeout=20))
     records = wait_for(lambda: len(found := served.captured(mine)) == 5 and found)
     admitted = [n for n in range(6) if n != 3]  # a refused call is counted, not recorded
@@ -100,6 +100,19 @@ def test_every_message_of_a_stream_is_captured(channel: grpc.Channel, served: Se
     assert [r["status"] for r in records] == ["OK", "OK", "OK", "INTERNAL", "OK"]
     assert {(r["protocol"], r["method"]) for r in records} == {("stream", "ModelStreamInfer")}
     assert len({r["prediction_id"] for r in records}) == 5
+
+
+def test_a_message_of_a_stream_is_captured_under_its_own_id(channel: grpc.Channel, served: Served) -> None:
+    mine = uuid.uuid4().hex
+    given = [f"{mine}/0", "", f"{mine}/2", mine + "\n", f"{mine}/4"]  # the fourth would be no x-request-id either
+    bodies = [ask(id=id_, fail=n == 4) for n, id_ in enumerate(given)]
+    answers = list(channel.stream_stream(STREAM)(iter(bodies), metadata=(("x-request-id", mine),), timeout=20))
+    assert [streamed(a).infer_response.id for a in answers] == given
+    for n in (0, 2, 4):
+        (record,) = wait_for(lambda n=n: served.captured(given[n]))
+        assert record["request"] == bodies[n] and record["status"] == ("INTERNAL" if n == 4 else "OK")
+    shared = wait_for(lambda: len(found := served.captured(mine)) == 2 and found)
+    assert [r["request"] for r in shared] == [bodies[1], bodies[3]]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from ..wire import inference_pb2 as pb
 from .channels import Metadata, Tls, metadata, route
 from .inputs import Encoder, Inputs, Outputs, read_unary
 from .many import Declared, Many, OnError, Result, seconds
-from .oip import SERVICE, asks, error_from
+from .oip import SERVICE, asks, error_of
 from .pipeline import CLOSED, Pipeline, Plan
 
 IN_FLIGHT = 128
@@ -183,7 +183,7 @@ class AsyncScoringClient:
         try:
             answer: bytes = await call(request, timeout=self._patience(timeout_s), metadata=headers)
         except grpc.aio.AioRpcError as exc:
-            raise error_from(exc.code(), exc.details() or "", self.route.address(number)) from exc
+            raise error_of(exc, self.route.address(number)) from exc
         return answer
 
     async def close(self) -> None:

@@ -15,7 +15,7 @@ from .faces import Face, Portal, blocks, told_as
 from .inference import CONNECTIONS, IN_FLIGHT, AsyncScoringClient
 from .inputs import Inputs, Outputs, read_unary
 from .many import Declared, OnError, Result, seconds
-from .oip import SERVICE, asks, error_from
+from .oip import SERVICE, asks, error_of
 
 
 class ScoringClient(Face[AsyncScoringClient]):
@@ -56,7 +56,7 @@ class ScoringClient(Face[AsyncScoringClient]):
         try:
             answer: bytes = call(body, timeout=patience, metadata=inner.headers(metadata, request_id))
         except grpc.RpcError as exc:
-            raise error_from(exc.code(), exc.details() or "", inner.route.address(number)) from exc
+            raise error_of(exc, inner.route.address(number)) from exc
         return read_unary(answer)
 
     @told_as(AsyncScoringClient.infer_many)

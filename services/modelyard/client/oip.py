@@ -15,6 +15,7 @@ from ..core.errors import Denied, Invalid, ModelyardError, NotFound, TooLarge, U
 from ..core.inference import Inference
 from ..core.tensors import DTYPES, Tensor
 from ..wire import inference_pb2 as pb
+from .reasons import is_too_large, reason_in
 
 SERVICE = "/inference.GRPCInferenceService/"
 RETRY = {
@@ -68,7 +69,7 @@ class Channel:
         try:
             answer: bytes = await method(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as exc:
-            raise error_from(exc.code(), exc.details() or "", self._address) from exc
+            raise error_of(exc, self._address) from exc
         return answer
 
     async def close(self) -> None:
@@ -76,14 +77,19 @@ class Channel:
         await self._channel.close()
 
 
-def error_from(code: grpc.StatusCode, details: str, address: str) -> ModelyardError:
-    """A gRPC status as an error of our own tree; ``detail["status"]`` is its name."""
-    error = _error(code, details, address)
+def error_of(exc: Any, address: str) -> ModelyardError:
+    """A call's RpcError as an error of our own tree."""
+    return error_from(exc.code(), exc.details() or "", address, reason_in(exc.trailing_metadata()))
+
+
+def error_from(code: grpc.StatusCode, details: str, address: str, reason: str = "") -> ModelyardError:
+    """A gRPC status as an error of our own tree; ``detail["status"]`` is its name. ``reason``: see ``reasons``."""
+    error = _error(code, details, address, reason)
     error.detail["status"] = code.name
     return error
 
 
-def _error(code: grpc.StatusCode, details: str, address: str) -> ModelyardError:
+def _error(code: grpc.StatusCode, details: str, address: str, reason: str) -> ModelyardError:
     status = grpc.StatusCode
     if code in (status.INVALID_ARGUMENT, status.UNIMPLEMENTED, status.OUT_OF_RANGE):
         return Invalid(details or code.name)
@@ -92,7 +98,7 @@ def _error(code: grpc.StatusCode, details: str, address: str) -> ModelyardError:
     if code in (status.UNAUTHENTICATED, status.PERMISSION_DENIED):
         return Denied(details or code.name)
     if code is status.RESOURCE_EXHAUSTED:
-        return TooLarge(details) if "large" in details or "bytes" in details else Unavailable(details)
+        return TooLarge(details) if is_too_large(reason, details) else Unavailable(details)
     if code is status.DEADLINE_EXCEEDED:
         return Unavailable(details or "past the deadline", code="deadline-exceeded")
     if code in (status.UNAVAILABLE, status.CANCELLED):

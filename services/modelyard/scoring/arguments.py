@@ -250,3 +250,15 @@ def _text_cells(array: np.ndarray) -> np.ndarray:
     import numpy as np
 
     return np.array(nested(array), object).reshape(array.shape)
+
+
+def text_of(name: str, array: np.ndarray) -> np.ndarray:
+    """An array of text, or of text as bytes, as objects of ``str``; other objects as they are. Raises Invalid, naming
+    the tensor, for bytes that are no UTF-8: a model must not be given other words than its caller sent."""
+    import numpy as np
+
+    try:
+        flat = [value.decode() if isinstance(value, bytes) else value for value in array.ravel().tolist()]
+    except UnicodeDecodeError as exc:
+        raise Invalid(f"tensor '{name}': the model takes text in UTF-8, and this is not: {exc}") from exc
+    return np.array(flat, object).reshape(array.shape)

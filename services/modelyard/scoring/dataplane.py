@@ -28,6 +28,7 @@ from .otlp import Otlp
 from .runners import Runner, openers
 from .settings import Limits
 from .table import Table
+from .transport import request_id
 
 UNKNOWN = "(unknown)"
 STUCK_S = 60.0
@@ -198,6 +199,8 @@ class DataPlane(Plane):
             raise SpoolFull("the capture spool is full, and calls must not go unrecorded (capture.on_pressure)",
                             retry_after=1)
         job.asked = asked = call.codec.open(call)
+        if asked.id and call.protocol == "stream" and (own := request_id(asked.id)):  # its messages share the headers
+            job.request_id = call.request_id = own
         table = self._table or self.table
         job.served, entry = table.find(asked.model or call.model or table.default, asked.version or call.version)
         job.model = job.served.model

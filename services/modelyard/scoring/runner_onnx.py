@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..core.errors import Invalid
+from .arguments import text_of
 from .calls import Asked, ScoringFailed
 from .cores import cores
 from .image import Model, Slot
@@ -21,6 +23,9 @@ DATATYPES = {
     "tensor(int64)": "INT64", "tensor(float16)": "FP16", "tensor(float)": "FP32", "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
+MAPS = re.compile(r"seq\(map\((string|int64),tensor\(float\)\)\)")
+"""The probabilities by class that skl2onnx gives out (zipmap)."""
+SEQUENCE = re.compile(r"seq\((tensor\(\w+\))\)")
 
 
 class OnnxRunner(RowRunner):
@@ -32,8 +37,8 @@ class OnnxRunner(RowRunner):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self._session = session(model)
-        self.inputs = tuple(_slot(i) for i in self._session.get_inputs())
-        self.outputs = tuple(_slot(o) for o in self._session.get_outputs())
+        self.inputs = tuple(_input(model, node) for node in self._session.get_inputs())
+        self.outputs = tuple(_output(model, node) for node in self._session.get_outputs())
         self._names = tuple(i.name for i in self.inputs)
         self._all = tuple(o.name for o in self.outputs)
         self._dtypes = {i.name: _dtype(i.datatype) for i in self.inputs}
@@ -65,8 +70,7 @@ class OnnxRunner(RowRunner):
         if wanted.kind == "O":
             if array.dtype.kind not in "OUS":
                 raise Invalid(f"tensor '{name}': the model takes text, not {array.dtype}")
-            flat = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in array.ravel().tolist()]
-            return np.array(flat, object).reshape(array.shape)
+            return text_of(name, array)
         if array.dtype != wanted and not np.can_cast(array.dtype, wanted, "same_kind"):
             raise Invalid(f"tensor '{name}': the model takes {wanted}, not {array.dtype}")
         return array.astype(wanted, copy=False)
@@ -90,9 +94,30 @@ def session(model: Model) -> Any:
         raise CannotStart(f"model {model.id} is not an ONNX graph that can be run: {exc}") from exc
 
 
+def _input(model: Model, node: Any) -> Slot:
+    if node.type not in DATATYPES:
+        raise _cannot_carry(model, "input", node)
+    return _slot(node)
+
+
+def _output(model: Model, node: Any) -> Slot:
+    if node.type in DATATYPES:
+        return _slot(node)
+    if MAPS.fullmatch(node.type):
+        return Slot(node.name, "FP64", (-1, -1))  # as _array makes of it
+    if (found := SEQUENCE.fullmatch(node.type)) and found[1] in DATATYPES:
+        return Slot(node.name, "", ())  # an array where its tensors are alike, and who knows whether they are
+    raise _cannot_carry(model, "output", node)
+
+
+def _cannot_carry(model: Model, side: str, node: Any) -> CannotStart:
+    return CannotStart(f"model {model.id}: its {side} '{node.name}' is a {node.type}, which calls cannot carry; export "
+                       f"the graph with another type there, float32 perhaps (a Cast node behind or before it will do)")
+
+
 def _slot(node: Any) -> Slot:
     shape = tuple(d if isinstance(d, int) and d > 0 else -1 for d in node.shape)
-    return Slot(node.name, DATATYPES.get(node.type, "BYTES"), shape)
+    return Slot(node.name, DATATYPES[node.type], shape)
 
 
 def _dtype(datatype: str) -> np.dtype:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..core.errors import Invalid
 from ..core.tensors import to_wire
+from .arguments import text_of
 from .calls import Asked, ScoringFailed
 from .image import Model, Slot
 from .results import Outputs
@@ -46,7 +47,7 @@ class SklearnRunner(RowRunner):
         for name in names:
             if name not in self._methods:
                 raise Invalid(f"there is no output '{name}'; there is: {', '.join(self._methods)}")
-        return {"input-0": self._fit(the_input(asked))}, names
+        return {"input-0": self._fit(*the_input(asked))}, names
 
     def predict(self, arrays: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         rows = arrays["input-0"]
@@ -57,13 +58,12 @@ class SklearnRunner(RowRunner):
         except Exception as exc:
             raise ScoringFailed(f"the model failed: {type(exc).__name__}: {exc}") from exc
 
-    def _fit(self, rows: np.ndarray) -> np.ndarray:
+    def _fit(self, name: str, rows: np.ndarray) -> np.ndarray:
         if rows.dtype.kind == "O":
-            rows = np.array([v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in rows.ravel()],
-                            object).reshape(rows.shape)
+            rows = text_of(name, rows)
         if self._features is not None and (rows.ndim != 2 or rows.shape[1] != self._features):
-            raise Invalid(f"the model takes rows of {self._features} numbers, shape [n, {self._features}]; it was "
-                          f"given shape {list(rows.shape)}")
+            raise Invalid(f"tensor '{name}': the model takes rows of {self._features} numbers, shape "
+                          f"[n, {self._features}]; it was given shape {list(rows.shape)}")
         return rows
 
 

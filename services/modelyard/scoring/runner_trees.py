@@ -38,12 +38,13 @@ class BoosterRunner(RowRunner):
         unknown = [name for name in asked.outputs if name != "predict"]
         if unknown:
             raise Invalid(f"there is no output '{unknown[0]}'; there is: predict")
-        rows = the_input(asked)
+        name, rows = the_input(asked)
         if rows.ndim != 2 or (self._features and rows.shape[1] != self._features):
-            raise Invalid(f"the model takes rows of {self._features} numbers, shape [n, {self._features}]; it was "
-                          f"given shape {list(rows.shape)}")
+            raise Invalid(f"tensor '{name}': the model takes rows of {self._features} numbers, shape "
+                          f"[n, {self._features}]; it was given shape {list(rows.shape)}")
         if rows.dtype.kind not in "fiub":
-            raise Invalid(f"the model takes numbers, not {'text' if rows.dtype.kind in 'OUS' else rows.dtype}")
+            raise Invalid(f"tensor '{name}': the model takes numbers, not "
+                          f"{'text' if rows.dtype.kind in 'OUS' else rows.dtype}")
         return {"input-0": rows if rows.dtype.kind == "f" and rows.dtype.itemsize > 2 else rows.astype("f8")}, \
             ("predict",)
 

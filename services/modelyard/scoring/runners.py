@@ -253,10 +253,13 @@ def _mlflow(model: Model) -> Runner:
     return PyfuncRunner(model)
 
 
-def the_input(asked: Asked) -> Any:
-    """The one array of a call, whatever it came as. Raises Invalid."""
+def the_input(asked: Asked) -> tuple[str, Any]:
+    """The one array of a call, whatever it came as, and what its caller calls it. Raises Invalid."""
     body = body_of(asked)
-    return as_array(data_of(parse(body))) if body is not None else only(asked.tensors or []).array
+    if body is not None:
+        return "data", as_array(data_of(parse(body)))
+    tensor = only(asked.tensors or [])
+    return tensor.name, tensor.array
 
 
 def named_inputs(asked: Asked, names: tuple[str, ...]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class Settings:
         ordinal = env.get("MODELYARD_REPLICA", "0")
         if not ordinal.isascii() or not ordinal.isdigit():
             raise Invalid(f"MODELYARD_REPLICA is '{ordinal}'; it must be a whole number")
+        _check_numbers(env)
         limits = _json(env, "MODELYARD_LIMITS")
         known = {f.name for f in fields(Limits)}
         for name, value in limits.items():
@@ -73,6 +74,22 @@ class Settings:
             replica=f"{int(ordinal)}-{secrets.token_hex(4)}",
             capture={**DEFAULT_CAPTURE, **_json(env, "MODELYARD_CAPTURE")},
             limits=Limits(**{k: v for k, v in limits.items() if k in known}))
+
+
+def _check_numbers(env: Mapping[str, str]) -> None:
+    """Looks at the numbers that others read where they need them: a start must not end in a traceback, nor a wish be
+    passed over."""
+    for name in ("MODELYARD_THREADS", "MODELYARD_SPOOL_BYTES"):
+        given = env.get(name, "")
+        if given and not (given.isascii() and given.isdigit() and int(given) > 0):
+            raise Invalid(f"{name} is '{given}'; it must be a whole number above 0")
+    given = env.get("MODELYARD_STUCK_S", "")
+    try:
+        fits = not given or float(given) >= 0
+    except ValueError:
+        fits = False
+    if not fits:
+        raise Invalid(f"MODELYARD_STUCK_S is '{given}'; it must be a number of seconds")
 
 
 def _transport(given: str) -> str:
