@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from ..core.errors import ModelyardError, TooLarge, Unavailable
-from .calls import Answer, Call, Cancelled, PastDeadline, Plane, QueueFull, Served, SpoolFull
+from ..core.errors import ModelyardError, Unavailable
+from .calls import Answer, Call, Cancelled, PastDeadline, Plane, QueueFull, Served, SpoolFull, statuses, too_large
 from .capture import CaptureLog, Finished
 from .deadlines import Deadlines
 from .held import Held
@@ -230,6 +230,13 @@ class DataPlane(Plane):
         return QueueFull(f"{self.limits.max_queue} calls wait for '{job.served.name}' already; try again soon",
                          retry_after=1)
 
+    def refused(self, protocol: str, error: ModelyardError, scoring: bool = True) -> None:
+        """Counts what a transport has refused itself; ``scoring``: it would have been a call, else a question."""
+        status = statuses(error)[0]
+        self.metrics.refused(protocol, status)
+        if scoring and self._log is not None:
+            self._log.refused(UNKNOWN, status)
+
     def _refuse(self, job: Job, error: ModelyardError, reason: str = "refused") -> None:
         model, job.model = job.model if job.lane is not None else UNKNOWN, ""
         job.settle(failed(error), time.perf_counter_ns())
@@ -289,9 +296,3 @@ class DataPlane(Plane):
 def _settle(future: asyncio.Future[Any], answer: Answer) -> None:
     if not future.done():
         future.set_result(answer)
-
-
-def too_large(limit: int, size: int | None = None) -> TooLarge:
-    """The error for a message over the limit, which it states."""
-    given = f"{size} bytes are" if size is not None else "the message is"
-    return TooLarge(f"{given} more than the limit of {limit} bytes (limits.max_message_bytes)", limit=limit)
