@@ -33,7 +33,7 @@ UNKNOWN = "(unknown)"
 STUCK_S = 60.0
 """A model's thread that has run for so long what nobody waits for any more will not come back."""
 LATE = "no answer before the deadline"
-NO_ROOM = "the capture spool is full, and calls must not go unrecorded (capture.on_pressure)"
+NO_ROOM = "the capture spool is full or cannot be written, and calls must not go unrecorded (capture.on_pressure)"
 
 
 class Log(Protocol):
