@@ -72,6 +72,12 @@ def statuses(error: ModelyardError) -> tuple[str, int]:
     return next((name, http) for type_, name, http in STATUSES if isinstance(error, type_))
 
 
+def too_large(limit: int, size: int | None = None) -> TooLarge:
+    """The error for a message over the limit, which it states."""
+    given = f"{size} bytes are" if size is not None else "the message is"
+    return TooLarge(f"{given} more than the limit of {limit} bytes (limits.max_message_bytes)", limit=limit)
+
+
 @dataclass(slots=True)
 class Asked:
     """One request, wire left behind. Either ``tensors`` or ``body`` (a plain JSON body, as it came) is there."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.segments import COUNTS, END, FORMAT, pack_json
+from .notices import Trouble
 from .records import Records
 from .sampling import Sampler
 from .spool import LiveSegment, in_children, sync_folder, used_bytes
@@ -49,7 +50,7 @@ class CaptureLog:
         self.replica = replica
         self.enabled = bool(policy.get("enabled"))
         self.on_pressure = str(policy.get("on_pressure", "drop"))
-        self.last_error = ""
+        self._trouble, self._down = Trouble(), False
         self._spool = spool
         self._about = {"format": FORMAT, **about, "replica": replica, "capture": dict(policy)}
         self._sampler = Sampler(policy)
@@ -90,8 +91,8 @@ class CaptureLog:
 
     @property
     def pressed(self) -> bool:
-        """The spool is full and the policy says that calls must not go on without being recorded."""
-        return self.enabled and self.on_pressure != "drop" and self._used() >= self._cap
+        """The spool is full or takes nothing, and the policy says that calls must not go on unrecorded."""
+        return self.enabled and self.on_pressure != "drop" and (self._down or self._used() >= self._cap)
 
     @property
     def sampling_header(self) -> str:
@@ -110,11 +111,14 @@ class CaptureLog:
     def append(self, calls: Sequence[Finished]) -> None:
         """Records these calls, or counts why not; with one write, and durable against the death of the process
         when it returns. Never raises."""
-        try:
-            with self._lock:
-                self._append(calls)
-        except Exception as exc:  # noqa: BLE001 - the answer leaves, whatever becomes of its record
-            self.last_error = repr(exc)
+        with self._lock:
+            try:
+                calls = self._choose(calls)
+                if calls:
+                    self._append(calls)
+            except Exception as exc:  # noqa: BLE001 - the answer leaves, whatever becomes of its record
+                self._trouble.met(exc)
+                self._not_recorded(calls, "write-failed")
 
     def refused(self, model: str, status: str, started_ns: int | None = None, reason: str = "refused") -> None:
         """Counts a call that was turned away before it was admitted (unknown model, queue full, too large …);
@@ -130,9 +134,8 @@ class CaptureLog:
         try:
             with self._lock:
                 self._collect(collector, prediction_id, columns, rows)
-        except Exception as exc:  # noqa: BLE001 - collecting must not fail a call
+        except Exception:  # noqa: BLE001 - collecting must not fail a call
             self._tally.lose_rows(len(rows))
-            self.last_error = repr(exc)
 
     def close(self) -> None:
         """Flushes counts, writes the end frame, closes the segment. Closing twice is fine."""
@@ -146,42 +149,40 @@ class CaptureLog:
                 if self._live is not None:
                     self._write_end(self._live)
             except OSError as exc:
-                self.last_error = str(exc)
+                self._trouble.met(exc)
             finally:
                 if self._live is not None:
                     self._live.abandon()
                 self._live, self._next = None, 0
 
     def _append(self, calls: Sequence[Finished]) -> None:
-        chosen = self._choose(calls)
-        if not chosen:
-            return
         live = self._live or self._reopen()
         if live is None:
-            return self._not_recorded(chosen, "write-failed")
+            return self._not_recorded(calls, "write-failed")
         try:
-            live.write(self._records.pieces(live.mark, chosen, self._sequence), len(chosen))
+            live.write(self._records.pieces(live.mark, calls, self._sequence), len(calls))
         except OSError as exc:
             self._retire(exc)
-            return self._not_recorded(chosen, "write-failed")
-        self._sequence += len(chosen)
+            return self._not_recorded(calls, "write-failed")
+        self._sequence += len(calls)
         self._appended = time.monotonic()
         if live.size >= SEGMENT_BYTES:
             self._rotate()
 
     def _choose(self, calls: Sequence[Finished]) -> Sequence[Finished]:
-        """Those to be recorded, redacted; the others are counted, each with its reason."""
+        """Those to be recorded, redacted; the others are counted, with the reason, once nothing can fail any more."""
         if not self.enabled:
             self._not_recorded(calls, "off")
             return ()
+        passed: Sequence[Finished] = ()
         if not self._sampler.every:
             drawn = [(self._sampler.take(call.prediction_id) or call.status != OK, call) for call in calls]
-            self._not_recorded([call for kept, call in drawn if not kept], "sampled")
-            calls = [call for kept, call in drawn if kept]
+            passed, calls = [call for kept, call in drawn if not kept], [call for kept, call in drawn if kept]
         self._records.redact(calls)
         if self.on_pressure == "drop":
             calls, dropped = fitting(calls, self._cap - self._used())
             self._not_recorded(dropped, "dropped")
+        self._not_recorded(passed, "sampled")
         return calls
 
     def _used(self) -> int:
@@ -224,18 +225,16 @@ class CaptureLog:
 
     def _retire(self, exc: OSError) -> None:
         """The segment takes no more writes: it is shipped, which may make room, and a new one is tried soon."""
-        self.last_error = str(exc)
-        live, self._live = self._live, None
+        self._trouble.met(exc)
+        live, self._live, self._down = self._live, None, True
         self._tried = time.monotonic()
         if live is not None:
             self._close(live)
 
     def _close(self, live: LiveSegment) -> None:
         self._spooled += live.size
-        try:
+        with contextlib.suppress(OSError):  # it stays there as a dead writer's then: the shipper adopts it
             live.close()
-        except OSError as exc:  # it stays there as a dead writer's: the shipper adopts it
-            self.last_error = str(exc)
 
     def _rotate(self) -> None:
         """Closes the segment and begins the next; leaves none open when the disk refuses."""
@@ -244,8 +243,10 @@ class CaptureLog:
             self._close(live)
         try:
             self._open()
+            self._down = False
         except OSError as exc:
-            self.last_error = str(exc)
+            self._down = True
+            self._trouble.met(exc)
 
     def _open(self) -> None:
         about = {**self._about, "segment": self._next, "first": self._sequence + 1, "started": self._started_ns,
@@ -271,7 +272,7 @@ class CaptureLog:
                 with self._lock:
                     self._tick(time.monotonic(), spooled)
             except Exception as exc:  # noqa: BLE001 - the next tick tries again; the data plane never hears of it
-                self.last_error = repr(exc)
+                self._trouble.met(exc)
 
     def _tick(self, now: float, spooled: int | None) -> None:
         live = self._live or self._reopen()
@@ -285,6 +286,7 @@ class CaptureLog:
             self._flush_counts()
         if due:
             self._rotate()
+        self._trouble.calm(now)
 
     def _after_fork(self) -> None:
         """In a forked child: this log is the parent's. The child's copy lets go and records nothing."""

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from ..core.errors import ModelyardError, TooLarge, Unavailable
-from .calls import Answer, Call, Cancelled, PastDeadline, Plane, QueueFull, Served, SpoolFull
+from ..core.errors import ModelyardError, Unavailable
+from .calls import Answer, Call, Cancelled, PastDeadline, Plane, QueueFull, Served, SpoolFull, statuses, too_large
 from .capture import CaptureLog, Finished
 from .deadlines import Deadlines
 from .held import Held
@@ -34,6 +34,7 @@ UNKNOWN = "(unknown)"
 STUCK_S = 60.0
 """A model's thread that has run for so long what nobody waits for any more will not come back."""
 LATE = "no answer before the deadline"
+NO_ROOM = "the capture spool is full or cannot be written, and calls must not go unrecorded (capture.on_pressure)"
 
 
 class Log(Protocol):
@@ -68,7 +69,7 @@ class DataPlane(Plane):
         self._table: Table | None = None
         self._lanes: list[Lane] = []
         self._draining = self._trickle = False
-        self._held = Held(self._admit, lambda: log is not None and log.pressed)
+        self._held = Held(self._begin, lambda: log is not None and log.pressed)
         self._deadlines = Deadlines(self._expire)
         self._stuck_s = max(float(os.environ.get("MODELYARD_STUCK_S") or STUCK_S), 2 * limits.timeout_ms / 1000)
         self.metrics.gauge("modelyard_scoring_queue", "Calls waiting for their model.", "model",
@@ -169,35 +170,27 @@ class DataPlane(Plane):
     def submit(self, call: Call, done: Callable[[Answer], None]) -> Job:
         job = Job(call, done)
         self.metrics.in_flight += 1
-        log = self._log
-        if log is not None and log.on_pressure == "block" and (self._held or log.pressed):
-            self.last_call = time.monotonic()
-            self._held.add(job, min(call.deadline, self.last_call + self._timeout_s))
+        try:
+            waits = self._admit(job)
+        except ModelyardError as exc:
+            self._refuse(job, exc)
+            return job
+        if waits:
+            self._held.add(job)
+            self._deadlines.watch(job)
         else:
-            self._admit(job)
+            self._begin(job)
         return job
 
     def cancel(self, submitted: Job) -> None:
         if not submitted.settled:
             self._give_up([submitted], Cancelled("the caller went away"))
 
-    def _admit(self, job: Job) -> None:
-        """Queues the job, or answers it at once: it is refused, or too late."""
-        try:
-            self._begin(job)
-        except ModelyardError as exc:
-            self._refuse(job, exc)
-            return
-        if job.outcome is not None and not job.settled:
-            self._finish((job,))
-
-    def _begin(self, job: Job) -> None:
+    def _admit(self, job: Job) -> bool:
+        """Who is to answer, and by when. True: it has to wait for room in the spool first. Raises why it is refused."""
         call, limits = job.call, self.limits
         if len(call.body) > limits.max_message_bytes:
             raise too_large(limits.max_message_bytes, len(call.body))
-        if self._log is not None and self._log.on_pressure != "drop" and self._log.pressed:
-            raise SpoolFull("the capture spool is full, and calls must not go unrecorded (capture.on_pressure)",
-                            retry_after=1)
         job.asked = asked = call.codec.open(call)
         if asked.id and call.protocol == "stream" and (own := request_id(asked.id)):  # its messages share the headers
             job.request_id = call.request_id = own
@@ -205,30 +198,56 @@ class DataPlane(Plane):
         job.served, entry = table.find(asked.model or call.model or table.default, asked.version or call.version)
         job.model = job.served.model
         lane = job.lane = entry.lane
-        if lane.waiting >= limits.max_queue and not lane.make_room():
-            raise QueueFull(f"{limits.max_queue} calls wait for '{job.served.name}' already; try again soon",
-                            retry_after=1)
         self.last_call = now = time.monotonic()
         job.deadline = min(call.deadline, now + self._timeout_s)
-        if now >= job.deadline:
-            job.outcome = failed(late())
-        elif wait_s := lane.hopeless(job.deadline - now):
-            raise QueueFull(f"{lane.waiting} calls wait for '{job.served.name}' already, about {wait_s:.1f} s; try "
-                            f"again soon, or with more time than {job.deadline - now:.1f} s",
-                            retry_after=math.ceil(wait_s))
-        if self._keyed is not None:
-            self._keyed.expect(job.prediction_id, call)
-        if job.outcome is None:
-            lane.submit(job)
+        if (log := self._log) is None or log.on_pressure == "drop" or not (self._held or log.pressed):
+            return False
+        if log.on_pressure == "reject":
+            raise SpoolFull(NO_ROOM, retry_after=1)
+        if self._held.of(lane) + lane.waiting >= limits.max_queue:
+            raise self._queue_full(job)
+        return True
 
-    def _refuse(self, job: Job, error: ModelyardError) -> None:
+    def _begin(self, job: Job) -> None:
+        """Queues the job, or answers it at once: it is refused, or too late."""
+        lane, left_s = job.lane, job.deadline - time.monotonic()
+        assert lane is not None
+        error: ModelyardError | None = None
+        if lane.waiting >= self.limits.max_queue and not lane.make_room():
+            error = self._queue_full(job)
+        elif left_s > 0 and (wait_s := lane.hopeless(left_s)):
+            error = QueueFull(f"{lane.waiting} calls wait for '{job.served.name}' already, about {wait_s:.1f} s; try "
+                              f"again soon, or with more time than {left_s:.1f} s", retry_after=math.ceil(wait_s))
+        if error is not None:
+            self._refuse(job, error)
+            return
+        if self._keyed is not None:
+            self._keyed.expect(job.prediction_id, job.call)
+        if left_s > 0:
+            lane.submit(job)
+        else:
+            job.outcome = failed(late())
+            self._finish((job,))
+
+    def _queue_full(self, job: Job) -> QueueFull:
+        return QueueFull(f"{self.limits.max_queue} calls wait for '{job.served.name}' already; try again soon",
+                         retry_after=1)
+
+    def refused(self, protocol: str, error: ModelyardError, scoring: bool = True) -> None:
+        """Counts what a transport has refused itself; ``scoring``: it would have been a call, else a question."""
+        status = statuses(error)[0]
+        self.metrics.refused(protocol, status)
+        if scoring and self._log is not None:
+            self._log.refused(UNKNOWN, status)
+
+    def _refuse(self, job: Job, error: ModelyardError, reason: str = "refused") -> None:
         model, job.model = job.model if job.lane is not None else UNKNOWN, ""
         job.settle(failed(error), time.perf_counter_ns())
         self.last_call = time.monotonic()
         self.metrics.refused(job.call.protocol, job.status)
         if self._log is not None:
-            self._log.refused(model, job.status, job.started_ns,
-                              "pressed" if isinstance(error, SpoolFull) else "refused")
+            self._log.refused(model, job.status, job.started_ns, "pressed" if isinstance(error, SpoolFull) else reason)
+        self._deadlines.forget((job,))
         self.metrics.in_flight -= 1
         job.done(job)
 
@@ -239,9 +258,11 @@ class DataPlane(Plane):
         """Settles jobs that are still queued or running; what becomes of them in the lane is dropped."""
         admitted = []
         for job in jobs:
-            if job.lane is None:  # it was never taken in
-                self._refuse(job, error)
+            if self._held.leave(job):  # for want of room, whatever ended it
+                self._refuse(job, SpoolFull(NO_ROOM, retry_after=1) if isinstance(error, PastDeadline) else error,
+                             "pressed")
                 continue
+            assert job.lane is not None
             job.lane.give_up(job)
             job.outcome = failed(error)
             admitted.append(job)
@@ -278,9 +299,3 @@ class DataPlane(Plane):
 def _settle(future: asyncio.Future[Any], answer: Answer) -> None:
     if not future.done():
         future.set_result(answer)
-
-
-def too_large(limit: int, size: int | None = None) -> TooLarge:
-    """The error for a message over the limit, which it states."""
-    given = f"{size} bytes are" if size is not None else "the message is"
-    return TooLarge(f"{given} more than the limit of {limit} bytes (limits.max_message_bytes)", limit=limit)

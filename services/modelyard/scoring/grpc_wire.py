@@ -10,8 +10,7 @@ import zlib
 from collections.abc import Iterable
 
 from ..core.errors import ModelyardError
-from .calls import statuses
-from .dataplane import too_large
+from .calls import statuses, too_large
 
 OK, CANCELLED, UNKNOWN, INVALID_ARGUMENT, DEADLINE_EXCEEDED = b"0", b"1", b"2", b"3", b"4"
 NOT_FOUND, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = b"5", b"8", b"12", b"13", b"14"

@@ -21,7 +21,7 @@ from ..core.errors import ModelyardError
 from ..core.inference import PROTO
 from . import grpc_wire as wire
 from . import health, oip
-from .calls import Answer, Call, statuses
+from .calls import Answer, Call
 from .codecs import GrpcCodec, StreamCodec
 from .dataplane import DataPlane
 from .grpc_wire import Refused
@@ -32,6 +32,8 @@ from .transport import binary_trace, request_id, trace
 
 REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 INFER = f"/{oip.SERVICE}/ModelInfer"
+STREAM = f"/{oip.SERVICE}/ModelStreamInfer"
+SCORING = (INFER, STREAM)
 PLAIN = (b"application/grpc", b"application/grpc+proto")
 NOT_TRACED = ("", "")
 AWAY = "this replica goes away; call again"
@@ -57,7 +59,7 @@ class H2App:
         self._leaving = False
         self._idle: set[asyncio.Task[Any]] = set()
         self._methods: dict[str, Handler] = {
-            INFER: self._infer, f"/{oip.SERVICE}/ModelStreamInfer": self._stream,
+            INFER: self._infer, STREAM: self._stream,
             **{f"/{oip.SERVICE}/{name}": partial(_unary, method) for name, method in oip.methods(plane).items()},
             f"/{health.SERVICE}/Check": partial(_unary, self.health.check), f"/{health.SERVICE}/Watch": self._watch,
             **{f"/{name}/ServerReflectionInfo": _reflect for name in REFLECTION}}
@@ -114,7 +116,7 @@ class H2App:
         except Refused as exc:
             await self._end(call, send, wire.refusal(exc.status, exc.message))
         except ModelyardError as exc:
-            self.plane.metrics.refused("grpc", statuses(exc)[0])
+            self.plane.refused("grpc", exc, scoring=scope["path"] in SCORING)
             await self._end(call, send, wire.failed(exc))
         except TimeoutError:
             await self._end(call, send, wire.refusal(wire.DEADLINE_EXCEEDED, "Deadline Exceeded"))

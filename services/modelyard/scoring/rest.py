@@ -91,13 +91,12 @@ class Site:
         try:
             return found.tell(found, query)
         except ModelyardError as exc:
-            return self.failed(exc, headers)
+            return self.failed(exc, headers, scoring=False)
 
-    def failed(self, error: ModelyardError, headers: Headers) -> Reply:
-        """For a request that never became a call."""
-        status, http = statuses(error)
-        self._plane.metrics.refused("rest", status)
-        return Reply(http, f"Content-Type: {PROBLEM}\r\n{_retry(error)}",
+    def failed(self, error: ModelyardError, headers: Headers, scoring: bool = True) -> Reply:
+        """For a request that never became a call; ``scoring``: it was to become one."""
+        self._plane.refused("rest", error, scoring)
+        return Reply(statuses(error)[1], f"Content-Type: {PROBLEM}\r\n{_retry(error)}",
                      problem(error, request_id(headers.get("x-request-id"))))
 
     def answered(self, answer: Answer) -> Reply:

@@ -17,6 +17,7 @@ from .admin import Admin
 from .capture import CaptureLog
 from .dataplane import DataPlane
 from .image import Image
+from .notices import say
 from .otlp import Otlp, Plan
 from .runners import CannotStart
 from .settings import Settings
@@ -167,12 +168,6 @@ def _open_otlp(settings: Settings, plane: DataPlane) -> Otlp | None:
     plane.metrics.gauge("modelyard_scoring_otlp", "Spans that a collector took and that it missed, and exports that "
                         "failed.", "what", lambda: made.totals)
     return made
-
-
-def say(line: str) -> None:
-    """One line for the deployment's log."""
-    sys.stderr.write(f"modelyard: {line}\n")
-    sys.stderr.flush()
 
 
 async def _serve(settings: Settings) -> int:

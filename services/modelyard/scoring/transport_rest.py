@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from ..core.errors import Invalid, ModelyardError
-from .dataplane import DataPlane, too_large
+from .calls import too_large
+from .dataplane import DataPlane
 from .rest import Reply, Site, refusal
 from .transport import BACKLOG, Tls, Transport, listen
 
