@@ -35,7 +35,7 @@ SERVER_FIELDS = frozenset({
     "kind", "id", "workspace", "version", "generation", "created", "updated", "phase", "conditions",
     "observed_generation", "digest", "endpoints", "replicas_ready", "size", "reason", "lock_digest",
     "log_digest", "aliases", "models", "image_digest", "serving", "blockers",
-    "file_signature", "signatures", "samples",
+    "file_signature", "signatures", "samples", "served_as",
 })
 FRAMEWORKS = ("scikit-learn", "onnx", "lightgbm", "xgboost", "pytorch", "tensorflow", "mlflow", "custom")
 
