@@ -16,6 +16,7 @@ from .options import (
     Limit,
     Output,
     Properties,
+    TagChanges,
     Tags,
     Wait,
     Where,
@@ -131,11 +132,7 @@ def show(image: ImageRef, output: Output = Format.table) -> None:
 
 
 @command(app, "tag", "modelyard images tag iris-scorer:7 stage=trial old-")
-def tag(
-    image: ImageRef,
-    tags: Annotated[list[str], typer.Argument(metavar="K=V… K-…", help="Set a tag, or take one away (K-).")],
-    output: Output = Format.table,
-) -> None:
+def tag(image: ImageRef, tags: TagChanges, output: Output = Format.table) -> None:
     """Sets tags and takes them away."""
     with connect() as yard:
         document(yard.images.update(image, tags=changed_tags(tags)).document, output, "Image")

@@ -13,6 +13,7 @@ from .options import (
     ModelRef,
     Output,
     Properties,
+    TagChanges,
     Tags,
     Where,
     changed_tags,
@@ -86,11 +87,7 @@ def show(model: ModelRef, output: Output = Format.table) -> None:
 
 
 @command(app, "tag", "modelyard models tag iris:4 stage=trial old-")
-def tag(
-    model: ModelRef,
-    tags: Annotated[list[str], typer.Argument(metavar="K=V… K-…", help="Set a tag, or take one away (K-).")],
-    output: Output = Format.table,
-) -> None:
+def tag(model: ModelRef, tags: TagChanges, output: Output = Format.table) -> None:
     """Sets tags and takes them away."""
     with connect() as yard:
         document(yard.models.update(model, tags=changed_tags(tags)).document, output, "Model")

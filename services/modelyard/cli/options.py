@@ -64,6 +64,7 @@ Base = Annotated[str | None, typer.Option(
     metavar="REFERENCE", help="What the image stands on: HOST/REPOSITORY:TAG or oci-layout:///FOLDER. None: it runs on "
                               "the local target only.")]
 Tags = Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="K=V", help="A tag; repeat for more.")]
+TagChanges = Annotated[list[str], typer.Argument(metavar="K=V… K-…", help="Set a tag, or take one away (K-).")]
 Properties = Annotated[
     list[str] | None, typer.Option("--property", metavar="K=V", help="A write-once property; repeat for more.")]
 Where = Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from .fields import ImageFields, Reference, reference
 from .http import Http, Params, path
 from .models import absent_dropped, pages, pairs
 from .requirements import Needs, read_requirements
-from .uploads import OnProgress, Progress, upload
+from .uploads import Artifact, OnProgress, Progress, upload
 from .verify import Verification, verify
 from .waiting import reason_of, settle
 
@@ -104,21 +104,18 @@ class AsyncImages:
             name=name, models=[reference(m) for m in models], score=await self._stored(score, on_progress),
             requirements=needs.requirements, constraints=needs.constraints,
             lock=await self._stored(lock, on_progress), python=python or needs.python, platform=platform, base=base,
-            dockerfile=await self._context(dockerfile, on_progress), env=env, tags=tags, properties=properties,
-            description=description, auto_delete=auto_delete, timeout_s=timeout_s, onnx=onnx,
+            dockerfile=await self._stored(dockerfile, on_progress, upload_context), env=env, tags=tags,
+            properties=properties, description=description, auto_delete=auto_delete, timeout_s=timeout_s, onnx=onnx,
         )
         return await self.create(body)
 
-    async def _stored(self, source: str | Path | None, on_progress: OnProgress | None) -> str | None:
+    async def _stored(self, source: str | Path | None, on_progress: OnProgress | None,
+                      send: Callable[..., Awaitable[Artifact]] = upload) -> str | None:
+        """The digest of a file or folder, which ``send`` brings there; a digest as it is."""
         text = None if source is None else str(source)
         if text is None or text.startswith("sha256:"):
             return text
-        return (await upload(self._http, Path(text), on_progress)).digest
-
-    async def _context(self, source: str | Path | None, on_progress: OnProgress | None) -> str | None:
-        if source is None or str(source).startswith("sha256:"):
-            return None if source is None else str(source)
-        return (await upload_context(self._http, Path(source), on_progress)).digest
+        return (await send(self._http, Path(text), on_progress)).digest
 
     async def create(self, document: Mapping[str, Any]) -> AsyncImage:
         """Asks for an image by the body of ``POST /v1/images``: files are digests already."""
