@@ -16,7 +16,7 @@ from typing import Self
 
 from packaging.requirements import Requirement
 
-from modelyard.image_builder.assemble import server_requirements
+from modelyard.image_builder.resolve import server_requirements
 
 NATIVE = ("grpcio", "numpy")
 

@@ -33,12 +33,11 @@ from .model import Image
 from .provenance import Origin, statement
 from .pull import Pull
 from .referrers import NAMES
-from .resolve import Resolver
+from .resolve import Resolver, server_requirements
 from .sbom import Contents, sbom
 from .sdists import Sdists
 from .tarring import Layer
 
-SERVER = Path(__file__).parents[1] / "scoring" / "requirements.txt"
 T = TypeVar("T")
 
 
@@ -141,21 +140,27 @@ class Build:
             self.score = await self.bring(doc.score, "the scoring file", "score")
             problems += await asyncio.to_thread(parts.score_check, self.score)
         for number, place in enumerate(self.places):
-            model, layer = place.model, await self.remembered(place)
-            looked = place.kind in serving.LOOKED
-            source = layer or (await parts.stored_layer(self.ctx, doc, place)
-                               if model.size >= sources.BATCH and not looked and not model.unpack else
-                               await self.bring(model.artifact, f"model '{model.id}'", f"model-{number}"))
+            source = await self.source(place, f"model-{number}")
             self.models.append(source)
             served = serving.Served(place.kind)
-            if looked and isinstance(source, Path | bytes):
-                served = await asyncio.to_thread(serving.look, place.kind, model, source)
+            if place.kind in serving.LOOKED and isinstance(source, Path | bytes):
+                served = await asyncio.to_thread(serving.look, place.kind, place.model, source)
                 self.looked |= served.needs
             problems += [*served.problems, *self.signed(place, served.kind)]
         if problems:
             raise BuildFailed("; ".join(problems))
         self.log.note("the inputs are here and pass their checks")
         return lock
+
+    async def source(self, place: parts.Place, name: str) -> sources.Source | parts.Made | Layer:
+        """What the model's layer is made of: that of an earlier build; the artifact where it is stored; or brought
+        here, if it is small or somebody looks into it."""
+        model = place.model
+        if layer := await self.remembered(place):
+            return layer
+        if model.size >= sources.BATCH and not model.unpack and place.kind not in serving.LOOKED:
+            return await parts.stored_layer(self.ctx, self.doc, place)
+        return await self.bring(model.artifact, f"model '{model.id}'", name)
 
     def signed(self, place: parts.Place, kind: str) -> list[str]:
         """Keeps what the image says of the model, unless a scoring file serves it; the problems."""
@@ -189,14 +194,18 @@ class Build:
                                           if isinstance(s, Path | bytes)}
         converter = Converter(resolver, self.log, self.memo, self.scratch.folder, (self.ctx.data,))
         self.places = await converter.all(plain, sources_of)
+
+        async def of_places() -> Lock:
+            return await resolver.lock(given, {*self.server, *self.looked, *parts.needs(self.places)})
+
         try:
-            lock = await resolver.lock(given, {*self.server, *self.looked, *parts.needs(self.places)})
+            lock = await of_places()
         except BuildFailed as exc:
             if self.places == plain:
                 raise
             self.log.note(f"scikit-learn serves, not ONNX: the image's packages cannot be had with it: {exc.message}")
             self.places = plain
-            lock = await resolver.lock(given, {*self.server, *self.looked, *parts.needs(self.places)})
+            lock = await of_places()
         if any(p.kind == "pytorch" for p in self.places) and any(p.name.startswith("nvidia-") for p in lock.pins):
             self.log.note(serving.CUDA)
         return lock
@@ -289,10 +298,3 @@ class Build:
         signed = encode(key.sign(statement(doc, Origin(digest, holds, bill, self.began, self.ctx.now()))))
         for name, text in zip(NAMES, (bill, signed), strict=True):
             await self.ctx.blobs.put(image_key(doc.workspace, doc.id, name), store.Chunks(text))
-
-
-@functools.cache
-def server_requirements() -> Sequence[str]:
-    """What the scoring server itself needs. Blocking, once."""
-    lines = (line.partition("#")[0].strip() for line in SERVER.read_text(encoding="utf-8").splitlines())
-    return tuple(line for line in lines if line)

@@ -30,7 +30,7 @@ from .log import BuildLog
 from .memo import Memo, key
 from .model import Image
 from .parts import Made, made
-from .pull import Folder, found_out, looked, stands_on
+from .pull import Folder, found_out, looked, remembered, stands_on
 from .sources import Source
 from .tarring import CHUNK, GZIP_LEVEL, Layer, opened
 
@@ -64,8 +64,9 @@ class Dockerfiles:
             raise BuildFailed("; ".join(problems))
         names = instructions.images(text)
         async with _BUSY.setdefault(f"{digest} {self.doc.platform}", asyncio.Lock()):
-            found = await self._known(digest, await builder.inputs(names))
-            if found is None:
+            before = await builder.inputs(names)
+            found = before and await remembered(self.ctx, self.doc, self.memo, self._key(digest, before))
+            if not found:
                 with refusals():
                     image = await builder.build(await self._ask(source), self._said)
                 found = await self._taken(image)
@@ -77,11 +78,6 @@ class Dockerfiles:
 
     def _key(self, digest: str, inputs: str) -> str:
         return key("dockerfile", FORMAT, digest, inputs, self.doc.platform)
-
-    async def _known(self, digest: str, inputs: str | None) -> Any:
-        """What an earlier build made, while the store has all of its layers."""
-        found = await self.memo.get(self._key(digest, inputs)) if inputs else None
-        return found if found and await store.there(self.ctx, self.doc, store.unpack(found["layers"])) else None
 
     async def _ask(self, source: Source) -> Ask:
         if isinstance(source, bytes):

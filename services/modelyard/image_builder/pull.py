@@ -52,7 +52,8 @@ class Pull:
             source = await self.ctx.open_images(place.url)
             try:
                 digest, manifest = await self._manifest(source, place, name)
-                known = await self._known(digest) or await self._bring(source, place, digest, manifest, name)
+                known = await remembered(self.ctx, self.doc, self.memo, self._key(digest)) \
+                    or await self._bring(source, place, digest, manifest, name)
             finally:
                 await source.close()
         return await stands_on(self.doc, self.log, name, digest, known)
@@ -77,11 +78,6 @@ class Pull:
 
     def _key(self, digest: str) -> str:
         return key("base", FORMAT, digest, self.doc.platform)  # what is for another platform is looked at, and refused
-
-    async def _known(self, digest: str) -> Any:
-        """What an earlier build found out, while the store has all the layers."""
-        found = await self.memo.get(self._key(digest))
-        return found if found and await store.there(self.ctx, self.doc, store.unpack(found["layers"])) else None
 
     async def _bring(self, source: ImageStore, place: Reference, digest: str, manifest: dict[str, Any],
                      name: str) -> dict[str, Any]:
@@ -148,6 +144,12 @@ def found_out(layers: Sequence[Layer], files: Iterable[Files], config: Mapping[s
         "layers": store.pack(layers), "files": bases.together(files),
         "env": [e for e in (config.get("config") or {}).get("Env") or () if isinstance(e, str) and "=" in e],
         "history": [{k: h[k] for k in KEPT_HISTORY if k in h} for h in config.get("history") or ()]}
+
+
+async def remembered(ctx: Context, doc: Image, memo: Memo, name: str) -> Any:
+    """What an earlier build ``found_out``, while the store has all the layers; else None."""
+    found = await memo.get(name)
+    return found if found and await store.there(ctx, doc, store.unpack(found["layers"])) else None
 
 
 async def stands_on(doc: Image, log: BuildLog, name: str, digest: str, known: Mapping[str, Any]) -> Base:

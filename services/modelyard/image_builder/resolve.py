@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..core.errors import NotFound
 from ..core.layout import image_key
@@ -19,6 +21,7 @@ from .pull import Folder
 from .sdists import Sdists, by_name
 
 RESOLVED_S = 24 * 3600
+SERVER = Path(__file__).parents[1] / "scoring" / "requirements.txt"
 
 
 @dataclass(frozen=True)
@@ -74,3 +77,10 @@ class Resolver:
             by_name([*wanted, *bounds])))
         await self.memo.put(name, {"at": time.time(), "lock": lock.text}, shared=True)
         return lock
+
+
+@functools.cache
+def server_requirements() -> Sequence[str]:
+    """What the scoring server itself needs. Blocking, once."""
+    lines = (line.partition("#")[0].strip() for line in SERVER.read_text(encoding="utf-8").splitlines())
+    return tuple(line for line in lines if line)
