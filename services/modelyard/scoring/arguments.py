@@ -262,3 +262,9 @@ def text_of(name: str, array: np.ndarray) -> np.ndarray:
     except UnicodeDecodeError as exc:
         raise Invalid(f"tensor '{name}': the model takes text in UTF-8, and this is not: {exc}") from exc
     return np.array(flat, object).reshape(array.shape)
+
+
+def wrong_rows(name: str, rows: np.ndarray, features: int) -> Invalid:
+    """The refusal of an array that has not so many columns."""
+    return Invalid(f"tensor '{name}': the model takes rows of {features} numbers, shape [n, {features}]; it was given "
+                   f"shape {list(rows.shape)}")

@@ -71,7 +71,7 @@ class DataPlane(Plane):
         self._draining = self._trickle = False
         self._held = Held(self._begin, lambda: log is not None and log.pressed)
         self._deadlines = Deadlines(self._expire)
-        self._stuck_s = max(float(os.environ.get("MODELYARD_STUCK_S") or STUCK_S), 2 * limits.timeout_ms / 1000)
+        self._stuck_s = max(float(os.environ.get("MODELYARD_STUCK_S") or STUCK_S), 2 * self._timeout_s)
         self.metrics.gauge("modelyard_scoring_queue", "Calls waiting for their model.", "model",
                            lambda: {lane.name: lane.waiting for lane in self._lanes})
         self._keyed = log if log is not None and log.keyed else None
@@ -94,10 +94,9 @@ class DataPlane(Plane):
         self._table = Table(self.deployment, image, image_version, made)
 
     def calls_trickle(self) -> None:
-        """A transport takes several turns of the loop to hand over what has arrived: batches wait for that."""
+        """A transport takes several turns of the loop to hand over what has arrived: batches wait for that. Before
+        ``load``."""
         self._trickle = True
-        for lane in self._lanes:
-            lane.trickle = True
 
     @property
     def ready(self) -> bool:
@@ -242,7 +241,8 @@ class DataPlane(Plane):
 
     def _refuse(self, job: Job, error: ModelyardError, reason: str = "refused") -> None:
         model, job.model = job.model if job.lane is not None else UNKNOWN, ""
-        job.settle(failed(error), time.perf_counter_ns())
+        job.outcome = failed(error)
+        job.settle(time.perf_counter_ns())
         self.last_call = time.monotonic()
         self.metrics.refused(job.call.protocol, job.status)
         if self._log is not None:
@@ -283,8 +283,7 @@ class DataPlane(Plane):
         """Answers jobs that have an outcome: first capture, then the reply."""
         ticks = time.perf_counter_ns()
         for job in jobs:
-            assert job.outcome is not None
-            job.settle(job.outcome, ticks)
+            job.settle(ticks)
         self.metrics.finished(jobs)
         if self._log is not None:
             self._log.append(jobs)

@@ -58,11 +58,12 @@ class Job(Finished):
         self.settled = False
         self.state = QUEUED
 
-    def settle(self, outcome: Outcome, ticks: int) -> None:
-        """It is over: this is answered, and recorded before."""
+    def settle(self, ticks: int) -> None:
+        """It is over: its outcome is answered, and recorded before."""
+        assert self.outcome is not None
         self.settled = True
         call = self.call
-        self.error, body, body_type = outcome
+        self.error, body, body_type = self.outcome
         if self.error is None:
             self.status = "OK"
         else:

@@ -37,7 +37,8 @@ class Lane:
         self.runner: Runner | None = None
         self.waiting = 0
         """Jobs that are queued, not begun and still wanted."""
-        # trickle: calls that are there take several turns of the loop to arrive, and batches wait for them (patience)
+        self.trickle = False
+        """Calls that are there take several turns of the loop to arrive, and batches wait for them (``Patience``)."""
         self.speed = Speed()
         self._open, self._done, self._watch, self._max_rows = open_runner, done, watch, max_rows
         self._lock = threading.Lock()  # around the queue and each job's ``state``
@@ -45,15 +46,14 @@ class Lane:
         self._planned: deque[Batch] = deque()  # of whoever works: the event loop's turn or the thread, never both
         self._running: dict[int, Batch] = {}
         self._working = False  # the thread does
-        self.trickle = self._turn_due = self._turning = False
+        self._turn_due = self._turning = False
         self._patience = Patience()
         self._large = self._last_calls = 0
         self._typical_ns = INLINE_NS
         self._ended: deque[Batch] = deque()
-        self._told = False
         self._own: AsyncWork | None = None
         self._wake = threading.Semaphore(0)
-        self._closed = False
+        self._told = self._closed = False
         self._loop = asyncio.get_running_loop()
         self._opened: asyncio.Future[Runner] = self._loop.create_future()
         self._thread = threading.Thread(target=self._work, name=f"model-{name}", daemon=True)

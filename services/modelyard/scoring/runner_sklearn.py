@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core.errors import Invalid
 from ..core.tensors import to_wire
-from .arguments import text_of
+from .arguments import text_of, wrong_rows
 from .calls import Asked, ScoringFailed
 from .image import Model, Slot
 from .results import Outputs
@@ -62,8 +62,7 @@ class SklearnRunner(RowRunner):
         if rows.dtype.kind == "O":
             rows = text_of(name, rows)
         if self._features is not None and (rows.ndim != 2 or rows.shape[1] != self._features):
-            raise Invalid(f"tensor '{name}': the model takes rows of {self._features} numbers, shape "
-                          f"[n, {self._features}]; it was given shape {list(rows.shape)}")
+            raise wrong_rows(name, rows, self._features)
         return rows
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import Invalid
+from .arguments import wrong_rows
 from .calls import Asked, ScoringFailed
 from .cores import cores
 from .image import Model, Slot
@@ -40,8 +41,7 @@ class BoosterRunner(RowRunner):
             raise Invalid(f"there is no output '{unknown[0]}'; there is: predict")
         name, rows = the_input(asked)
         if rows.ndim != 2 or (self._features and rows.shape[1] != self._features):
-            raise Invalid(f"tensor '{name}': the model takes rows of {self._features} numbers, shape "
-                          f"[n, {self._features}]; it was given shape {list(rows.shape)}")
+            raise wrong_rows(name, rows, self._features)
         if rows.dtype.kind not in "fiub":
             raise Invalid(f"tensor '{name}': the model takes numbers, not "
                           f"{'text' if rows.dtype.kind in 'OUS' else rows.dtype}")
