@@ -81,7 +81,7 @@ class QuickBuild:
             await asyncio.sleep(0.7)
         body = json.dumps({"schemaVersion": 2, "config": put[0], "layers": put[1:]}).encode()
         digest = await self.ctx.images.put_manifest(doc.repo, doc.tag, body, MANIFEST)
-        return Result(digest, len(body), put[0]["digest"], "3.11", {})
+        return Result(digest, len(body), put[0]["digest"], "3.11", signatures={}, served_as={})
 
 
 async def _once(data: bytes) -> AsyncIterator[bytes]:
