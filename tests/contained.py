@@ -68,22 +68,25 @@ def base() -> tuple[bytes, dict[str, Any], dict[str, Any]]:
     """(layer, its descriptor, the image's config). Skips the test where Debian cannot be put together, or fails it."""
     if reason := debian.missing():
         (pytest.fail if "docker" in required() else pytest.skip)(f"there is no base image here: {reason}")
-    blobs = debian.base() / "blobs"
-
-    def blob(digest: str) -> bytes:
-        return (blobs / digest.replace(":", "/")).read_bytes()
-
-    index = json.loads((debian.base() / "index.json").read_bytes())
-    manifest = json.loads(blob(index["manifests"][0]["digest"]))
-    assert len(manifest["layers"]) == 1
-    return blob(manifest["layers"][0]["digest"]), manifest["layers"][0], json.loads(blob(manifest["config"]["digest"]))
+    layers, config = _layout(debian.base())
+    assert len(layers) == 1
+    return *layers[0], config
 
 
-def archive(tag: str) -> bytes:
-    """Debian as `docker load` reads it, put together by hand."""
-    layer, _, config = base()
-    parts = {"config.json": json.dumps(config).encode(), "0.tar": layer}
-    listed = {"Config": "config.json", "RepoTags": [tag], "Layers": ["0.tar"]}
+def _layout(folder: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], dict[str, Any]]:
+    """([(layer, its descriptor)], the image's config) of an OCI layout of one image."""
+    def blob(entry: dict[str, Any]) -> bytes:
+        return (folder / "blobs" / entry["digest"].replace(":", "/")).read_bytes()
+
+    manifest = json.loads(blob(json.loads((folder / "index.json").read_bytes())["manifests"][0]))
+    return [(blob(entry), entry) for entry in manifest["layers"]], json.loads(blob(manifest["config"]))
+
+
+def archive(tag: str, folder: Path | None = None) -> bytes:
+    """An OCI layout, Debian if none is given, as `docker load` reads it, put together by hand."""
+    layers, config = _layout(folder) if folder else ([base()[:2]], base()[2])
+    parts = {"config.json": json.dumps(config).encode(), **{f"{n}.tar": layer for n, (layer, _) in enumerate(layers)}}
+    listed = {"Config": "config.json", "RepoTags": [tag], "Layers": [name for name in parts if name.endswith(".tar")]}
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as packed:
         for name, data in {**parts, "manifest.json": json.dumps([listed]).encode()}.items():

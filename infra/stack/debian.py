@@ -14,7 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-from modelyard.cli.debian import EPOCH, KEPT, LEFT_OUT, MACHINES, PACKAGES, SOURCES, Recipe, machine, make
+from modelyard.cli.debian import EPOCH, MACHINES, PACKAGES, Recipe, machine, make
+from modelyard.cli.debian_image import KEPT, LEFT_OUT, SOURCES
 from modelyard.core.errors import ModelyardError
 
 from .server import CACHE, StackError, apt_install, can_apt, needs

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,3 +144,20 @@ def files(engine: docker.DockerClient, image: str) -> dict[str, Any]:
                                   content and (member.mtime, hashlib.sha256(content.read()).hexdigest()))
     assert len(found) > 1000
     return found
+
+
+def test_packages_of_the_system_lie_on_the_base(engine: docker.DockerClient, tmp_path: Path) -> None:
+    """Debian's own, put there by its own tools, in a layer of their own."""
+    if reason := debian.missing():
+        pytest.skip(reason)
+    debian.base()  # installs the tool where it has to
+    to = tmp_path / "base"
+    done = subprocess.run([sys.executable, "-m", "modelyard", "images", "base", "--debian", "--package", "libgomp1",
+                           "--to", str(to)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    engine.images.load(contained.archive("packages:1", to))
+    assert len(engine.images.get("packages:1").attrs["RootFS"]["Layers"]) == 2
+    look = "import ctypes; print(ctypes.CDLL('libgomp.so.1').omp_get_max_threads() > 0)"
+    said = engine.containers.run("packages:1", ["sh", "-c", f'python3 -c "{look}" && dpkg -s libgomp1'], remove=True,
+                                 network_mode="none").decode()
+    assert said.startswith("True\n") and "Status: install ok installed" in said

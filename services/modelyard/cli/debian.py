@@ -7,40 +7,27 @@ library compiled without times in it. What apt was told of mirrors stays out of 
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
 import os
 import platform
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..core.errors import BuildFailed, Invalid, Unavailable
+from .debian_image import LEFT_OUT, Layers, write
 from .workplace import Told, ran, workplace
 
 EPOCH = 1767225600
 """The time of files that are made while it is put together, where SOURCE_DATE_EPOCH says none."""
 PACKAGES = ("python3", "ca-certificates", "libstdc++6")
-LEFT_OUT = ("dev", "proc", "sys", "run", "tmp", "usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale",
-            "usr/share/lintian", "var/log", "var/cache", "var/lib/apt", "etc/machine-id", "etc/hostname",
-            "etc/resolv.conf")
-SOURCES = ("etc/apt/sources.list", "etc/apt/sources.list.d")
-"""Where apt keeps the names of mirrors."""
-KEPT = frozenset({"dev", "proc", "sys", "run", "tmp", "var/log", "var/cache", "etc/apt/sources.list.d"})
-"""Folders that stay, empty."""
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 COMPILE = "python3 -m compileall -q -f --invalidation-mode unchecked-hash /usr/lib/python3.[0-9]*"
-PYTHON = re.compile(r"usr/bin/python3\.(\d+)\Z")
 OLDEST = 11
 WORD = re.compile(r"[a-z0-9][a-z0-9+.\-]*\Z")
-TYPE = "application/vnd.oci.image"
 LIMIT_S = 3600.0
 
 
@@ -69,6 +56,14 @@ class Recipe:
     def all(self) -> tuple[str, ...]:
         """Every package that is named, once."""
         return tuple(dict.fromkeys((*PACKAGES, *self.packages)))
+
+    def steps(self) -> list[tuple[Recipe, str]]:
+        """What each layer holds when it lies on those before it, and how that is told: the packages that were asked
+        for are a layer of their own, so bases of one suite share the first."""
+        plain = replace(self, packages=())
+        more = [name for name in self.all if name not in PACKAGES]
+        told = [(plain, f"Debian {self.suite}: {' '.join(PACKAGES)}")]
+        return [*told, (self, f"packages: {' '.join(more)}")] if more else told
 
 
 @dataclass(frozen=True)
@@ -116,14 +111,19 @@ def make(to: Path, recipe: Recipe, told: Told) -> Made:
     if reason := missing():
         raise Unavailable(reason)
     to.parent.mkdir(parents=True, exist_ok=True)
-    with workplace(to, ("root.tar", "root", "layout"), told) as place:
-        root, layout = place / "root.tar", place / "layout"
-        (_mmdebstrap if _program("mmdebstrap") else _debootstrap)(recipe, root, epoch, told)
+    with workplace(to, ("root.tar", "more.tar", "root", "layout"), told) as place:
+        roots, steps, layout = (place / "root.tar", place / "more.tar"), recipe.steps(), place / "layout"
+        for root, (step, what) in zip(roots, steps, strict=False):
+            told(what)
+            (_mmdebstrap if _program("mmdebstrap") else _debootstrap)(step, root, epoch, told)
         told("packing it")
-        (layout / "blobs/sha256").mkdir(parents=True)
-        python, size = _image(root, layout, recipe, epoch)
+        layers = Layers(roots[:len(steps)], tuple(what for _, what in steps), recipe.mirror is not None, epoch)
+        python, size = write(layout, layers, machine())
+        if python < OLDEST:
+            raise BuildFailed(f"Debian {recipe.suite} has {f'Python 3.{python}' if python else 'no Python'}; images "
+                              f"need 3.{OLDEST} or newer: give a newer suite")
         layout.rename(to)
-    return Made(f"oci-layout://{to}:latest", python, size)
+    return Made(f"oci-layout://{to}:latest", f"3.{python}", size)
 
 
 def _epoch() -> int:
@@ -151,6 +151,7 @@ def _mmdebstrap(recipe: Recipe, root: Path, epoch: int, told: Told) -> None:
 
 def _debootstrap(recipe: Recipe, root: Path, epoch: int, told: Told) -> None:
     folder = root.with_name("root")
+    shutil.rmtree(folder, ignore_errors=True)
     _run([_program("debootstrap") or "debootstrap", "--variant=minbase", f"--include={','.join(recipe.all)}",
           recipe.suite, str(folder), *([recipe.mirror] if recipe.mirror else [])], epoch, told)
     told("compiling Python's library")
@@ -170,88 +171,3 @@ def _run(argv: Sequence[str], epoch: int, told: Told) -> None:
     code, said = ran(argv, env, told, LIMIT_S)
     if code:
         raise BuildFailed("\n".join([f"{Path(argv[0]).name} failed ({code}); it said at the end:", *said]))
-
-
-# -- the image --------------------------------------------------------------------------------------------------------
-
-
-def _image(root: Path, layout: Path, recipe: Recipe, epoch: int) -> tuple[str, int]:
-    """The layout of one image of one layer; the version of its Python, and its size."""
-    out = SOURCES if recipe.mirror is None else ()
-    with (layout / "layer").open("wb") as file:
-        diff_id, python = _layer(root, file, (*LEFT_OUT, *out), epoch)
-    if python < OLDEST:
-        raise BuildFailed(f"Debian {recipe.suite} has {f'Python 3.{python}' if python else 'no Python'}; images need 3."
-                          f"{OLDEST} or newer: give a newer suite")
-    created = datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    layer = _moved(layout, "layer.v1.tar+gzip")
-    config = _kept(layout, _json({
-        "architecture": machine(), "os": "linux", "created": created,
-        "config": {"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"],
-                   "Cmd": ["bash"]},
-        "rootfs": {"type": "layers", "diff_ids": [diff_id]},
-        "history": [{"created": created, "created_by": f"Debian {recipe.suite}: {' '.join(recipe.all)}"}],
-    }), "config.v1+json")
-    manifest = _kept(layout, _json({"schemaVersion": 2, "mediaType": f"{TYPE}.manifest.v1+json", "config": config,
-                                    "layers": [layer]}), "manifest.v1+json")
-    manifest |= {"annotations": {"org.opencontainers.image.ref.name": "latest"},
-                 "platform": {"os": "linux", "architecture": machine()}}
-    (layout / "index.json").write_bytes(_json({"schemaVersion": 2, "mediaType": f"{TYPE}.index.v1+json",
-                                               "manifests": [manifest]}))
-    (layout / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
-    return f"3.{python}", layer["size"]
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _kept(layout: Path, data: bytes, kind: str) -> dict[str, Any]:
-    """Stores a blob; its descriptor."""
-    (layout / "layer").write_bytes(data)
-    return _moved(layout, kind)
-
-
-def _moved(layout: Path, kind: str) -> dict[str, Any]:
-    """What lies in ``layer`` becomes a blob; its descriptor."""
-    with (layout / "layer").open("rb") as file:
-        word = hashlib.file_digest(file, "sha256").hexdigest()
-    target = (layout / "layer").rename(layout / "blobs/sha256" / word)
-    return {"mediaType": f"{TYPE}.{kind}", "digest": f"sha256:{word}", "size": target.stat().st_size}
-
-
-class _Hashed:
-    """Writes on, and knows the digest of what went through."""
-
-    def __init__(self, out: gzip.GzipFile) -> None:
-        self._out, self.seen = out, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.seen.update(data)
-        return self._out.write(data)
-
-
-def _layer(root: Path, out: BinaryIO, left_out: Sequence[str], epoch: int) -> tuple[str, int]:
-    """The root file system as a gzipped layer, in the order of names; the digest of its tar, and Python's minor."""
-    python = 0
-    with gzip.GzipFile("", "wb", 6, out, mtime=0) as squeezed, tarfile.open(root) as source:
-        hashed = _Hashed(squeezed)
-        with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.PAX_FORMAT) as layer:  # type: ignore[call-overload]
-            for member in _members(source, left_out, epoch):
-                found = PYTHON.match(member.name)
-                python = max(python, int(found[1])) if found else python
-                layer.addfile(member, source.extractfile(member) if member.isreg() else None)
-        return f"sha256:{hashed.seen.hexdigest()}", python
-
-
-def _members(source: tarfile.TarFile, left_out: Sequence[str], epoch: int) -> Iterator[tarfile.TarInfo]:
-    """Those that belong in an image. A hard link comes after what it links to."""
-    for member in sorted(source.getmembers(), key=lambda m: (m.islnk(), m.name)):
-        name = PurePosixPath(member.name).as_posix().lstrip("/")
-        above = next((path for path in left_out if name == path or name.startswith(f"{path}/")), "")
-        if name in ("", ".") or (above and name not in KEPT):
-            continue
-        member.name, member.linkname = name, member.linkname.removeprefix("./") if member.islnk() else member.linkname
-        member.pax_headers = {}
-        member.mtime = min(int(member.mtime), epoch)
-        yield member

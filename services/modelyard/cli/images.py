@@ -258,7 +258,8 @@ def base(
     to: Annotated[Path | None, typer.Option(
         help="The folder to make, an OCI layout; none: ./debian-SUITE.")] = None,
     suite: Annotated[str, typer.Option(help="Debian's release, bookworm (Python 3.11) or newer.")] = "bookworm",
-    package: Annotated[list[str] | None, typer.Option(help="One more of Debian's packages; repeat for more.")] = None,
+    package: Annotated[list[str] | None, typer.Option(
+        help="One more of Debian's packages, in a layer of its own with the others; repeat for more.")] = None,
     mirror: Annotated[str | None, typer.Option(
         metavar="URL", help="Where the packages are; the image's apt will name it. None: where the tool finds them, "
                             "and the image names no mirror.")] = None,

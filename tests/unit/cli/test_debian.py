@@ -35,25 +35,31 @@ print("W: a warning", file=sys.stderr)
 if os.environ.get("FAILS"):
     sys.exit("E: no such suite")
 target = next(a for a in sys.argv[1:] if a.startswith("/"))
-shutil.copyfile(os.environ["ROOT"], target)
+more = "libgomp1" in " ".join(sys.argv) and os.environ.get("ROOT_LIBGOMP1")
+shutil.copyfile(more or os.environ["ROOT"], target)
 """
 ROOT = {"usr/bin/python3.11": b"elf", "usr/bin/python3": "python3.11", "etc/apt/sources.list": b"deb http://mirror.example/",
         "etc/apt/sources.list.d/more.sources": b"URIs: http://mirror.example/", "usr/share/doc/x/copyright": b"c",
         "var/lib/apt/lists/mirror.example_x": b"x", "etc/hostname": b"here", "etc/os-release": b"ID=debian",
         "dev/null": b""}
+LINK = "a hard link to "
 
 
 def root(path: Path, order: int = 1, mtime: int = 1_900_000_000, files: dict[str, Any] = ROOT) -> Path:
     """A tar as mmdebstrap writes it."""
     with tarfile.open(path, "w") as archive:
-        for name in ("", "etc", "etc/apt/sources.list.d", "dev", "var/cache"):
+        folders = ("usr/lib/old",) if "usr/lib/old/a" in files else ()
+        for name in ("", "etc", "etc/apt/sources.list.d", "dev", "var/cache", *folders):
             member = tarfile.TarInfo(f"./{name}")
             member.type, member.mtime = tarfile.DIRTYPE, mtime
             archive.addfile(member)
         for name in sorted(files)[::order]:
             member, content = tarfile.TarInfo(f"./{name}"), files[name]
             member.mtime = mtime
-            if isinstance(content, str):
+            if isinstance(content, str) and content.startswith(LINK):
+                member.type, member.linkname = tarfile.LNKTYPE, f"./{content.removeprefix(LINK)}"
+                archive.addfile(member)
+            elif isinstance(content, str):
                 member.type, member.linkname = tarfile.SYMTYPE, content
                 archive.addfile(member)
             else:
@@ -89,7 +95,7 @@ def told(*args: str) -> str:
 
 
 def layout(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[tarfile.TarInfo]]:
-    """(manifest entry of the index, configuration, members of the layer), every digest checked."""
+    """(manifest entry of the index, configuration, members of the layers, in a row), every digest checked."""
     def blob(entry: dict[str, Any]) -> bytes:
         data = (path / "blobs" / entry["digest"].replace(":", "/")).read_bytes()
         assert (len(data), "sha256:" + hashlib.sha256(data).hexdigest()) == (entry["size"], entry["digest"])
@@ -97,10 +103,10 @@ def layout(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[tarfile.Tar
 
     (entry,) = json.loads((path / "index.json").read_bytes())["manifests"]
     manifest = json.loads(blob(entry))
-    config, layer = json.loads(blob(manifest["config"])), gzip.decompress(blob(manifest["layers"][0]))
-    assert config["rootfs"]["diff_ids"] == ["sha256:" + hashlib.sha256(layer).hexdigest()]
-    with tarfile.open(fileobj=io.BytesIO(layer)) as archive:
-        return entry, config, archive.getmembers()
+    config, layers = json.loads(blob(manifest["config"])), [gzip.decompress(blob(e)) for e in manifest["layers"]]
+    assert config["rootfs"]["diff_ids"] == ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers]
+    assert len(config["history"]) == len(layers)
+    return entry, config, [m for layer in layers for m in tarfile.open(fileobj=io.BytesIO(layer)).getmembers()]
 
 
 def test_a_base_is_made(tools: Path, tmp_path: Path) -> None:
@@ -120,6 +126,29 @@ def test_a_base_is_made(tools: Path, tmp_path: Path) -> None:
     assert {m.mtime for m in members} == {debian.EPOCH} and not any(b"mirror.example" in p.read_bytes()
                                                                     for p in to.rglob("*") if p.is_file())
     assert [p.name for p in to.parent.iterdir()] == ["debian"], "nothing else is left"
+
+
+def test_packages_that_are_asked_for_are_a_layer_of_their_own(
+    tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With links that stay inside it, and marks for what they take away; the layer below is that of the plain base."""
+    plain = {**ROOT, "usr/bin/perl5": b"perl", "usr/bin/perl": LINK + "usr/bin/perl5", "usr/lib/old/a": b"a",
+             "usr/lib/old/b": b"b", "usr/lib/stays": b"s", "var/lib/dpkg/status": b"one"}
+    more = {**plain, "usr/lib/libgomp.so.1": b"gomp", "var/lib/dpkg/status": b"two", "usr/bin/perl5": b"PERL"}
+    for gone in ("usr/lib/old/a", "usr/lib/old/b", "etc/os-release"):
+        del more[gone]
+    monkeypatch.setenv("ROOT", str(root(tmp_path / "plain.tar", files=plain)))
+    assert run("--debian", "--to", str(tmp_path / "plain")).exit_code == 0
+    monkeypatch.setenv("ROOT_LIBGOMP1", str(root(tmp_path / "more.tar", files=more)))
+    done = run("--debian", "--to", str(tmp_path / "more"), "--package", "libgomp1", "--package", "python3")
+    assert done.exit_code == 0 and "packages: libgomp1" in done.stderr, done.stderr
+    _, config, below = layout(tmp_path / "plain")
+    _, wider, members = layout(tmp_path / "more")
+    assert wider["rootfs"]["diff_ids"][0] == config["rootfs"]["diff_ids"][0]
+    assert [h["created_by"] for h in wider["history"]] == [config["history"][0]["created_by"], "packages: libgomp1"]
+    assert [m.name for m in members[len(below):]] == [
+        "etc", "etc/.wh.os-release", "usr/bin/perl5", "usr/lib/.wh.old", "usr/lib/libgomp.so.1", "var/lib/dpkg/status",
+        "usr/bin/perl"]
 
 
 def test_the_same_bytes_again_and_a_time_of_ones_own(
