@@ -168,5 +168,6 @@ def told(said: Any) -> dict[str, Any]:
     if said["precision"] not in ("float32", "float64") or "predict" not in outputs:
         raise ValueError(said["precision"])
     return {"outputs": outputs, "precision": said["precision"], "columns": int(said["columns"]),
+            "names": [str(name) for name in said["names"]],
             "rows": int(said["rows"]), "classes": None if said["classes"] is None else int(said["classes"]),
             "refusals": {str(k)[:40]: str(v)[:2000] for k, v in list(said["refusals"].items())[:10]}}

@@ -21,6 +21,8 @@ import numpy as np
 RTOL, ATOL, SEED, ROWS = 1e-4, 1e-5, 20_240_601, 512
 OPSETS = {"": 18, "ai.onnx.ml": 3}
 METHODS = ("predict", "predict_proba")
+NAMES = 50_000
+"""Characters of its columns' names that a report has room for."""
 
 
 class Refused(Exception):
@@ -62,6 +64,9 @@ def converted(model: Any, sample: Any) -> tuple[bytes, dict[str, Any]]:
     columns = getattr(model, "n_features_in_", None)
     if not isinstance(columns, int):
         raise Refused("the number of its columns is not known")
+    names = [str(name) for name in getattr(model, "feature_names_in_", ())]
+    if sum(map(len, names)) > NAMES:
+        raise Refused("the names of its columns are too long to be kept")
     refusals = refused(model, columns)
     asked = requests(compared_rows(columns, sample), refusals)
     wanted = [{name: np.asarray(getattr(model, name)(rows)) for name in METHODS if hasattr(model, name)}
@@ -73,8 +78,8 @@ def converted(model: Any, sample: Any) -> tuple[bytes, dict[str, Any]]:
     if any(one != outputs[0] for one in outputs):
         raise Refused("the type of its outputs depends on that of its input")
     classes = getattr(model, "classes_", None)
-    said = {"outputs": outputs[0], "refusals": refusals, "columns": columns, "rows": sum(map(len, asked)),
-            "classes": len(classes) if isinstance(classes, np.ndarray) else None}
+    said = {"outputs": outputs[0], "refusals": refusals, "columns": columns, "names": names,
+            "rows": sum(map(len, asked)), "classes": len(classes) if isinstance(classes, np.ndarray) else None}
     reasons = []
     for dtype in (np.float64, np.float32):
         try:

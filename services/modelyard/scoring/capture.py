@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.segments import COUNTS, END, FORMAT, pack_json
 from .notices import Trouble
-from .records import Records
+from .records import Names, Records
 from .sampling import Sampler
 from .spool import LiveSegment, in_children, sync_folder, used_bytes
 from .tally import Finished, Tally, fitting
@@ -103,6 +103,10 @@ class CaptureLog:
     def keyed(self) -> bool:
         """``expect`` wants to hear of each call that is admitted."""
         return self.enabled and self._sampler.keyed
+
+    def learn(self, model: str, names: Names) -> None:
+        """What is called how in the calls of a model: before the first of them."""
+        self._records.learn(model, names)
 
     def expect(self, prediction_id: str, call: Call) -> None:
         """This call was admitted: ``append`` will have it. Never raises."""

@@ -25,6 +25,7 @@ from .jobs import Batch, Job, failed, late
 from .lanes import Lane
 from .metrics import Metrics
 from .otlp import Otlp
+from .records import Names
 from .runners import Runner, openers
 from .settings import Limits
 from .table import Table
@@ -50,6 +51,7 @@ class Log(Protocol):
     def keyed(self) -> bool: ...
     @property
     def totals(self) -> Mapping[str, int]: ...
+    def learn(self, model: str, names: Names) -> None: ...
     def expect(self, prediction_id: str, call: Call) -> None: ...
     def append(self, calls: Sequence[Finished]) -> None: ...
     def refused(self, model: str, status: str, started_ns: int | None = None, reason: str = ...) -> None: ...
@@ -91,7 +93,12 @@ class DataPlane(Plane):
         for lane in self._lanes:
             lane.trickle = self._trickle
         await asyncio.gather(*(lane.open() for lane in self._lanes))
-        self._table = Table(self.deployment, image, image_version, made)
+        table = Table(self.deployment, image, image_version, made)
+        if self._log is not None:
+            for entry in table.entries:
+                assert entry.lane.runner is not None
+                self._log.learn(entry.model, entry.lane.runner.names)
+        self._table = table
 
     def calls_trickle(self) -> None:
         """A transport takes several turns of the loop to hand over what has arrived: batches wait for that. Before

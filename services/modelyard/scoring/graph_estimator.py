@@ -23,6 +23,7 @@ class GraphEstimator:
         self._outputs = {name: (at, np.dtype(one["dtype"]), tuple(one["row"]))
                          for at, (name, one) in enumerate(said["outputs"].items())}
         self.n_features_in_: int = said["columns"]
+        self.feature_names_in_: list[str] = said.get("names", [])
         if said["classes"] is not None:
             self.classes_ = np.empty(said["classes"], self._outputs["predict"][1])
         for name in self._outputs:

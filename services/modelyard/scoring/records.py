@@ -7,7 +7,7 @@ path of every answer.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from zlib import crc32
 
 from ..core.segments import COLLECT, FORMAT, HEAD, RECORD, WORDS_LIMIT, pack_json, pack_words
@@ -15,6 +15,16 @@ from .tally import Finished
 
 if TYPE_CHECKING:
     from .redaction import Redactor
+
+
+class Names(NamedTuple):
+    """What a model calls what it takes and gives. ``columns``: those of its only input; ``alone``: the output that
+    stands for itself in an answer of ``/score``, where it has several."""
+
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    alone: str = ""
 
 
 class Records:
@@ -27,12 +37,18 @@ class Records:
 
             self._redactor = Redactor(redact)
 
+    def learn(self, model: str, names: Names) -> None:
+        """What is called how in the calls of a model."""
+        if self._redactor is not None:
+            self._redactor.learn(model, names)
+
     def redact(self, calls: Sequence[Finished]) -> None:
         """Takes the named values out of these calls."""
         if (redactor := self._redactor) is not None:
             for c in calls:
-                c.request, c.request_type = redactor.request(c.protocol, c.request, c.request_type)
-                c.response, c.response_type = redactor.response(c.protocol, c.status, c.response, c.response_type)
+                c.request, c.request_type = redactor.request(c.protocol, c.request, c.request_type, c.model)
+                c.response, c.response_type = redactor.response(
+                    c.protocol, c.status, c.response, c.response_type, c.model)
 
     def pieces(self, mark: bytes, calls: Sequence[Finished], sequence: int) -> list[bytes]:
         """Frames of calls that were redacted; ``sequence`` is the last one's before them."""

@@ -2,12 +2,16 @@
 
 A gRPC or v2 body is decoded and written again without the named tensors, so nothing that a decoder passes over stays
 in it. In a JSON document the names are fields at any depth, tensors in lists, and columns beside ``data``.
+
+Callers may call a model's input otherwise than the model does, or not at all. So, of a model of which it is known what
+it takes and gives, and of which something there is redacted, nothing is kept but what surely is something else.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,10 +32,43 @@ from ..core.inference import (
     write_request,
 )
 from ..core.tensors import Tensor
+from .records import Names
 
 WITHHELD = "; withheld"
 """Behind the type of a body that was not kept."""
 Body = tuple[bytes, str]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What may stay of a model's inputs, or of its outputs. ``only``: tensors of these names, None: of all that are
+    not redacted; ``fields``: the same of a JSON document; ``alone``: something that bears no name may stay;
+    ``any``: an only tensor is redacted whatever its name."""
+
+    only: frozenset[str] | None = None
+    fields: frozenset[str] | None = None
+    columns: frozenset[str] = frozenset()
+    alone: bool = True
+    any: bool = False
+
+
+FREE = _Side()
+
+
+def _side(redact: frozenset[str], own: Sequence[str], unnamed: str, columns: Sequence[str] = (),
+          alone: str = "") -> _Side:
+    """``own``: the model's names; ``unnamed``: what the only one is called in a body that names nothing; ``columns``:
+    those of the only one; ``alone``: which one it is that stands in a body by itself."""
+    if not own:
+        return _Side(any=unnamed in redact)
+    one = len(own) == 1
+    whole = bool(redact & {*own, *((unnamed,) if one else ())})
+    if not whole and not redact & set(columns):
+        return FREE
+    inside = frozenset(own if not one else columns if not whole else ())
+    alone = alone or (own[0] if one else "")
+    return _Side(frozenset() if one else inside - redact, inside - redact, inside,
+                 bool(alone) and alone not in redact and not (one and unnamed in redact) and not redact & set(columns))
 
 
 class Redactor:
@@ -39,33 +76,44 @@ class Redactor:
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = frozenset(names)
+        self._sides: dict[str, tuple[_Side, _Side]] = {}
 
-    def request(self, protocol: str, body: bytes, type_: str) -> Body:
+    def learn(self, model: str, own: Names) -> None:
+        """What a model calls its inputs and outputs. Of others the names are what callers write."""
+        self._sides[model] = (_side(self._names, own.inputs, INPUT, own.columns),
+                              _side(self._names, own.outputs, OUTPUT, alone=own.alone))
+
+    def request(self, protocol: str, body: bytes, type_: str, model: str = "") -> Body:
         """A call's request as it may be kept, and its type."""
         try:
+            side = self._of(model)[0]
             if type_.startswith(PROTO):
-                return write_request(self._tensors(read_request(body))), type_
+                return write_request(self._tensors(read_request(body), side)), type_
             if protocol == "rest":
                 head, rest = _split(body, type_)
-                return _v2(self._tensors(request_from_json(head, rest)), "inputs")
-            return self._plain(body, INPUT), type_
+                return _v2(self._tensors(request_from_json(head, rest), side), "inputs")
+            return self._plain(body, INPUT, side), type_
         except Exception:  # noqa: BLE001 - also what runs too deep; nothing that was not understood is kept
             return b"", type_ + WITHHELD
 
-    def response(self, protocol: str, status: str, body: bytes, type_: str) -> Body:
+    def response(self, protocol: str, status: str, body: bytes, type_: str, model: str = "") -> Body:
         """As ``request``. A failure's body is withheld: its message may quote what was sent."""
         try:
+            side = self._of(model)[1]
             if status != "OK":
                 return b"", type_ + WITHHELD if body else type_
             if type_.startswith(PROTO):
-                wire = response_bytes(self._tensors(read_response(body, stream=protocol == "stream")))
+                wire = response_bytes(self._tensors(read_response(body, stream=protocol == "stream"), side))
                 return streamed(wire) if protocol == "stream" else wire, type_
             if protocol == "rest":
                 head, rest = _split(body, type_)
-                return _v2(self._tensors(response_from_json(head, rest)), "outputs")
-            return self._plain(body, OUTPUT), type_
+                return _v2(self._tensors(response_from_json(head, rest), side), "outputs")
+            return self._plain(body, OUTPUT, side), type_
         except Exception:  # noqa: BLE001 - as above
             return b"", type_ + WITHHELD
+
+    def _of(self, model: str) -> tuple[_Side, _Side]:
+        return self._sides.get(model, (FREE, FREE))
 
     def rows(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[list[str], list[list[Any]]]:
         """Collected rows without the named columns. Raises ValueError for rows that are not as wide as the columns."""
@@ -74,11 +122,12 @@ class Redactor:
             raise ValueError("rows are not as wide as their columns")
         return [columns[n] for n in kept], [[self._clean(row[n]) for n in kept] for row in rows]
 
-    def _tensors(self, call: Inference) -> Inference:
+    def _tensors(self, call: Inference, side: _Side) -> Inference:
         """Without the named tensors and parameters; JSON that a tensor holds is cleaned inside."""
         call.parameters = self._fields(call.parameters)
-        kept = [tensor for tensor in call.tensors if tensor.name not in self._names]
-        call.tensors = [self._embedded(tensor) for tensor in kept]
+        kept = [tensor for tensor in call.tensors
+                if tensor.name not in self._names and (side.only is None or tensor.name in side.only)]
+        call.tensors = [] if side.any and len(call.tensors) == 1 else [self._embedded(tensor) for tensor in kept]
         return call
 
     def _embedded(self, tensor: Tensor) -> Tensor:
@@ -87,17 +136,19 @@ class Redactor:
         if tensor.datatype == "BF16":  # it was read as float32, and nothing writes it
             return Tensor(tensor.name, array, "FP32", given)
         if tensor.datatype == "BYTES" and given.get("content_type") == JSON:
-            cleaned = [self._plain(_bytes(value), "") for value in array.reshape(-1).tolist()]
+            cleaned = [self._plain(_bytes(value), "", FREE) for value in array.reshape(-1).tolist()]
             array = np.array([*cleaned, None], dtype=object)[:-1].reshape(array.shape)
         return Tensor(tensor.name, array, tensor.datatype, given)
 
     def _fields(self, values: Any) -> dict[str, Any]:
         return {key: value for key, value in values.items() if key not in self._names}
 
-    def _plain(self, body: bytes, name: str) -> bytes:
+    def _plain(self, body: bytes, name: str, side: _Side) -> bytes:
         """A JSON document; ``name`` is what one that names nothing itself is called."""
         value = json.loads(body)
-        if name in self._names and not isinstance(value, dict):
+        if side.fields is not None:
+            value = _within(value, side, side.fields)
+        elif name in self._names and not isinstance(value, dict):
             raise ValueError(f"all of it is '{name}'")
         return json.dumps(self._clean(value), separators=(",", ":"), ensure_ascii=False).encode()
 
@@ -122,6 +173,20 @@ class Redactor:
             raise ValueError("rows are not as wide as their columns")
         kept = [n for n, column in enumerate(columns) if not (isinstance(column, str) and column in named)]
         return {**value, "columns": [columns[n] for n in kept], "data": [[row[n] for n in kept] for row in rows]}
+
+
+def _within(value: Any, side: _Side, fields: frozenset[str]) -> Any:
+    """What of a document may stay. Raises ValueError where something redacted may stand in it under no name."""
+    if isinstance(value, dict):
+        columns = value.get("columns")
+        if isinstance(columns, list) and side.columns and side.columns.issuperset(map(str, columns)):
+            return {key: value[key] for key in ("columns", "data") if key in value}
+        return {key: item for key, item in value.items() if key in fields}
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        return [_within(row, side, fields) for row in value]
+    if not side.alone:
+        raise ValueError("it names nothing")
+    return value
 
 
 def _bytes(value: Any) -> bytes:

@@ -23,6 +23,7 @@ class SklearnRunner(RowRunner):
     """``.skops`` with types that skops trusts; joblib and pickle only when the model says ``trusted``."""
 
     platform = "sklearn"
+    alone = "predict"
 
     def __init__(self, model: Model, loaded: Any = None) -> None:
         super().__init__()
@@ -33,6 +34,7 @@ class SklearnRunner(RowRunner):
             raise CannotStart(f"model {model.id} is a {type(self._model).__name__}, which has no predict")
         self._features: int | None = getattr(self._model, "n_features_in_", None)
         self._methods = tuple(name for name in METHODS if hasattr(self._model, name))
+        self.columns = tuple(map(str, getattr(self._model, "feature_names_in_", ())))
         self.inputs = (Slot("input-0", "FP64", (-1, self._features or -1)),)
         self.outputs = tuple(self._slot(name) for name in self._methods)
 

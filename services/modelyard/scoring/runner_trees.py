@@ -5,7 +5,7 @@ library's own ``Booster.predict`` gives: probabilities, values or ranks, as its 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ Predict = Callable[[np.ndarray], Any]
 class BoosterRunner(RowRunner):
     """A native booster."""
 
-    def __init__(self, platform: str, features: int, predict: Predict, width: int = 1) -> None:
+    def __init__(self, platform: str, features: int, predict: Predict, width: int = 1,
+                 columns: Sequence[str] | None = None) -> None:
         super().__init__()
+        self.columns = tuple(columns or ())
         self.platform = platform
         self._features, self._predict = features, predict
         self.inputs = (Slot("input-0", "FP64", (-1, features or -1)),)
@@ -71,7 +73,7 @@ def lightgbm_runner(model: Model) -> Runner:
         return _estimator(model, loaded, "lightgbm")
     threads = cores()
     return BoosterRunner("lightgbm", loaded.num_feature(), lambda rows: loaded.predict(rows, num_threads=threads),
-                         loaded.num_model_per_iteration())
+                         loaded.num_model_per_iteration(), loaded.feature_name())
 
 
 def xgboost_runner(model: Model) -> Runner:
@@ -85,7 +87,8 @@ def xgboost_runner(model: Model) -> Runner:
     if not isinstance(loaded, xgboost.Booster):
         return _estimator(model, loaded, "xgboost")
     loaded.set_param({"nthread": cores()})
-    return BoosterRunner("xgboost", loaded.num_features(), loaded.inplace_predict, _width(loaded))
+    return BoosterRunner("xgboost", loaded.num_features(), loaded.inplace_predict, _width(loaded),
+                         loaded.feature_names)
 
 
 def _width(booster: Any) -> int:

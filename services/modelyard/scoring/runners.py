@@ -19,6 +19,7 @@ from .calls import Asked, ScoringFailed
 from .context import CURRENT
 from .image import Image, Model, Slot
 from .parts import NotByRows, Part, Rows, join, measure_arrays, row_wise
+from .records import Names
 
 
 class Runner(ABC):
@@ -38,6 +39,16 @@ class Runner(ABC):
     outputs: tuple[Slot, ...] = ()
     sample: Any = None
     """An input that it takes, as a body of ``/score``, where somebody gave one."""
+    columns: tuple[str, ...] = ()
+    """What the columns of the only input are called, where the model knows."""
+    alone = ""
+    """Which of several outputs an answer of ``/score`` is, where it is one."""
+
+    @property
+    def names(self) -> Names:
+        """What is called how in its calls."""
+        takes, gives = (tuple(slot.name for slot in slots) for slots in (self.inputs, self.outputs))
+        return Names(takes, gives, self.columns, self.alone)
 
     @abstractmethod
     def run(self, asked: Asked) -> Any:

@@ -75,6 +75,11 @@ class Table:
         return Served(name, entry.version, entry.model), entry
 
     @property
+    def entries(self) -> list[Entry]:
+        """All that answer; one that has several names more than once."""
+        return [entry for versions in self._names.values() for entry in versions.values()]
+
+    @property
     def names(self) -> list[str]:
         """Every name that answers, sorted."""
         return sorted(self._names)

@@ -23,8 +23,8 @@ from .packages import sandboxed  # noqa: F401  (a fixture)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sandboxed")]
 ROWS = [[5.1, 3.5, 1.4, 0.2], [6.0, 2.9, 4.5, 1.5], [6.9, 3.1, 5.1, 2.3]]
-REPORT = {"outputs": {"predict": {"dtype": "<i8", "row": []}}, "precision": "float64", "columns": 4, "rows": 9,
-          "classes": 3, "refusals": {}}
+REPORT = {"outputs": {"predict": {"dtype": "<i8", "row": []}}, "precision": "float64", "columns": 4,
+          "names": ["a"], "rows": 9, "classes": 3, "refusals": {}}
 
 
 class Evil:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,15 @@ def run(data):
 
 
 @contextlib.asynccontextmanager
-async def planned(folder: Path, score: str = SCORE, limits: dict[str, int] | None = None,
-                  **policy: Any) -> AsyncIterator[tuple[DataPlane, CaptureLog]]:
+async def planned(
+    folder: Path, score: str | None = SCORE, limits: dict[str, int] | None = None,
+    models: Sequence[Mapping[str, Any]] = (), **policy: Any,
+) -> AsyncIterator[tuple[DataPlane, CaptureLog]]:
     log = await asyncio.to_thread(CaptureLog.open, folder / "spool", "0-0a1b2c3d", {"image": "iris-scorer:7"},
                                   {"enabled": True, **policy})
     collect.bind(log)
     try:
-        async with open_plane(folder, score, log=log, **limits or {}) as plane:
+        async with open_plane(folder, score, models, log=log, **limits or {}) as plane:
             yield plane, log
     finally:
         collect.bind(None)
