@@ -38,7 +38,7 @@ DEFAULT_SERVICES = {
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 ELSEWHERE = frozenset({  # MODELYARD_* names that other programs of ours read
     "CONFIG", "URL", "REQUIRE", "OUTPUT", "DEPLOYMENT", "WORKSPACE", "IMAGE", "REPLICA", "CAPTURE", "LIMITS", "ROOT",
-    "RESTARTED", "SPOOL_BYTES", "THREADS",
+    "RESTARTED", "SPOOL_BYTES", "STUCK_S", "THREADS", "TRANSPORT",
 })
 LINK = re.compile(r"(^|_)(SERVICE_HOST|SERVICE_PORT\w*|PORT_[0-9]+_\w+)$|^\w+_PORT$")
 """What Kubernetes puts into a container for a service that is called ``modelyard…``: not settings."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .fields import Set, with_set
 from .folder import Found, found
 from .images import built
 from .options import Base, Env, Output, Tags, connect, pairs
@@ -34,22 +35,24 @@ def deploy(
     capture: Annotated[bool, typer.Option("--capture/--no-capture", help="Record every call.")] = True,
     trust: Annotated[bool, typer.Option("--trust", help="A joblib or pickle file may run code when it is loaded, and "
                                                         "it is yours.")] = False,
-    env: Env = None, tag: Tags = None, output: Output = Format.table,
+    env: Env = None, set: Set = None, tag: Tags = None, output: Output = Format.table,
 ) -> None:
     """Registers, builds, deploys and waits. Run again after a change, it upgrades without a failed call; what did
     not change is not made again. In a folder every .py file is code, the rest is the model: in score.py,
     modelyard.model_path(NAME) is its file, or its folder if there are several files."""
     public, tags = pairs(env, "--env"), pairs(tag, "--tag")
+    wanted = with_set({"capture": {"enabled": capture}, **({"replicas": replicas} if replicas else {}),
+                       **({"env": public} if public else {})}, set)
     with connect() as yard, Steps() as steps:
         with found(path, trust) as parts:
-            _look(model or name, image or name, name, parts, base, target, public)
+            _look(model or name, image or name, name, parts, base, {"target": target, **wanted})
             if parts.requirements is not None and parts.unread:
                 steps.done(f"dependencies are read from {parts.requirements.name}, not from {', '.join(parts.unread)}")
             models = []
             if parts.model is not None:
                 models.append(_register(yard, steps, model or name, parts.model, trust, tags))
             made = _build(yard, steps, image or name, models, parts.score, parts.requirements, base)
-        service = _run(yard, steps, name, made.id, target, replicas, capture, public)
+        service = _run(yard, steps, name, made.id, target, wanted)
     if output is not Format.table:
         document(service.document, output, "Deployment")
     else:
@@ -57,7 +60,7 @@ def deploy(
 
 
 def _look(
-    model: str, image: str, name: str, parts: Found, base: str | None, target: str, env: dict[str, str] | None,
+    model: str, image: str, name: str, parts: Found, base: str | None, deployment: dict[str, Any],
 ) -> None:
     """All that can be wrong here, before anything is made there. Raises Invalid with every problem of a document."""
     from ..client.apply import checked
@@ -67,7 +70,7 @@ def _look(
     if parts.model is not None:
         checked("Model", {"name": model, "artifact": f"sha256:{'0' * 64}"})
     checked("Image", {"name": image, "requirements": needs.requirements or [], "base": base})
-    checked("Deployment", {"name": name, "target": target, "image": f"{image}:1", "env": env or {}})
+    checked("Deployment", {"image": f"{image}:1", **deployment, "name": name})
 
 
 def _register(
@@ -97,8 +100,7 @@ def _build(
 
 
 def _run(
-    yard: Client, steps: Steps, name: str, image: str, target: str, replicas: int | None, capture: bool,
-    env: dict[str, str] | None,
+    yard: Client, steps: Steps, name: str, image: str, target: str, wanted: dict[str, Any],
 ) -> Deployment:
     from ..core.errors import NotFound
 
@@ -106,11 +108,9 @@ def _run(
     try:
         yard.deployments.get(name)
     except NotFound:
-        service = yard.deployments.create(
-            name, image=image, target=target, replicas=replicas, capture=capture, env=env)
+        service = yard.deployments.create(name, image=image, target=target, **wanted)
     else:
-        more: dict[str, Any] = {"env": env} if env else {}
-        service = yard.deployments.update(name, image=image, replicas=replicas, capture=capture, **more)
+        service = yard.deployments.update(name, image=image, **wanted)
     service.wait(on_progress=steps)
     steps.done(f"deployment {name} is {service.phase}, {service.replicas_ready} ready")
     return service

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .fields import Set, with_set
 from .guard import usage
 from .options import (
     DeploymentRef,
@@ -75,16 +76,18 @@ def create(
     target: Annotated[str, typer.Option(help="Where it runs: a name in the settings.")] = "local",
     replicas: Replicas = None, capture: CaptureOption = None, sampling: Sampling = None, cpu: Cpu = None,
     memory: Memory = None, env: Env = None, timeout_ms: Timeout = None, progress_deadline: Deadline = None,
-    tag: Tags = None, description: Description = None, wait: Wait = True, output: Output = Format.table,
+    set: Set = None, tag: Tags = None, description: Description = None, wait: Wait = True,
+    output: Output = Format.table,
 ) -> None:
     """Runs an image."""
     if image is None:
         usage("say which image: --image iris-scorer:7")
+    more = {"image": image, "target": target, "replicas": replicas, "env": pairs(env, "--env"),
+            "tags": pairs(tag, "--tag"), "description": description, "progress_deadline_s": progress_deadline}
+    fields = {k: v for k, v in more.items() if v is not None} | asked(capture, sampling, cpu, memory, timeout_ms)
+    with_set(fields, set)
     with connect() as yard:
-        service = yard.deployments.create(
-            name, image=image, target=target, replicas=replicas, env=pairs(env, "--env"), tags=pairs(tag, "--tag"),
-            description=description, progress_deadline_s=progress_deadline,
-            **asked(capture, sampling, cpu, memory, timeout_ms))
+        service = yard.deployments.create(name, **fields)
         settled(service, wait, "deploying", output)
 
 
@@ -108,25 +111,24 @@ def show(name: DeploymentRef, output: Output = Format.table) -> None:
         document(yard.deployments.get(name).document, output, "Deployment")
 
 
-@command(app, "update", "modelyard deployments update iris --image iris-scorer:8 --wait")
+@command(app, "update", """
+modelyard deployments update iris --image iris-scorer:8 --wait
+modelyard deployments update iris --set limits.max_queue=1024 --set capture.redact=[name,card]""")
 def update(
     name: DeploymentRef, image: ImageOption = None, replicas: Replicas = None, capture: CaptureOption = None,
     sampling: Sampling = None, cpu: Cpu = None, memory: Memory = None, env: Env = None, timeout_ms: Timeout = None,
-    progress_deadline: Deadline = None, tag: Tags = None, description: Description = None,
+    progress_deadline: Deadline = None, set: Set = None, tag: Tags = None, description: Description = None,
     if_generation: Annotated[int | None, typer.Option(min=1, help="Only if this is still its generation.")] = None,
     wait: Wait = False, output: Output = Format.table,
 ) -> None:
     """Changes what is given, keeps the rest; a new generation rolls in without a failed call."""
-    more = {
-        "env": pairs(env, "--env"), "tags": changed_tags(tag), "description": description,
-        "progress_deadline_s": progress_deadline,
-    }
+    more = {"image": image, "replicas": replicas, "env": pairs(env, "--env"), "tags": changed_tags(tag),
+            "description": description, "progress_deadline_s": progress_deadline}
     changes = {k: v for k, v in more.items() if v is not None} | asked(capture, sampling, cpu, memory, timeout_ms)
-    if image is None and replicas is None and not changes:
+    if not with_set(changes, set):
         usage("say what to change, for example --image iris-scorer:8")
     with connect() as yard:
-        service = yard.deployments.update(
-            name, image=image, replicas=replicas, if_generation=if_generation, **changes)
+        service = yard.deployments.update(name, if_generation=if_generation, **changes)
         settled(service, wait, "updating", output)
 
 

@@ -57,6 +57,30 @@ def test_models_from_register_to_delete(live: Yard, weights: Path) -> None:
     assert fails(live, "models", "show", "walk:1").startswith("error: ")
 
 
+def test_any_field_of_a_deployment_by_its_path(live: Yard, tmp_path: Path) -> None:
+    """Set when it is made and changed later, the rest kept; what cannot be is told before or by the yard."""
+    (tmp_path / "score.py").write_text(SCORE)
+    live.cli("images", "build", "fields", "--score", str(tmp_path / "score.py"))
+    made = json.loads(live.cli("deployments", "create", "fields", "-i", "fields:1", "--sampling", "0.5", "--set",
+                               "capture.redact=[name, card]", "--set", "limits.max_queue=9", "-o", "json").stdout)
+    assert (made["capture"]["redact"], made["capture"]["sampling"], made["limits"]["max_queue"]) == (
+        ["name", "card"], 0.5, 9)
+    try:
+        changed = json.loads(live.cli("deployments", "update", "fields", "--set", "capture.on_pressure=block", "--set",
+                                      "limits.max_batch_rows=8", "-o", "json").stdout)
+        assert changed["capture"] == {**made["capture"], "on_pressure": "block"}
+        assert changed["limits"] == {**made["limits"], "max_batch_rows": 8}
+        small = fails(live, "deployments", "update", "fields", "--set", "limits.max_queue=0")
+        assert "greater than or equal to 1" in small
+        for wrong, told in (("max_queue=9", "no field 'max_queue'"), ("limits.max_queue", "needs FIELD=VALUE"),
+                            ("limits.max_queue=[", "no value in YAML")):
+            assert told in fails(live, "deployments", "update", "fields", "--set", wrong, code=2)
+        assert "given already" in fails(live, "deployments", "update", "fields", "--timeout-ms", "9", "--set",
+                                        "limits.timeout_ms=8", code=2)
+    finally:
+        live.cli("deployments", "delete", "fields")
+
+
 def test_every_problem_and_what_to_do(live: Yard, weights: Path) -> None:
     told = fails(live, "models", "register", "bad name", str(weights))
     assert "a model name is 1-255 letters" in told
