@@ -107,10 +107,11 @@ class CaptureLog:
     def learn(self, model: str, names: Names) -> None:
         """What is called how in the calls of a model: before the first of them."""
         self._records.learn(model, names)
+        self._sampler.learn(model, names.inputs)
 
-    def expect(self, prediction_id: str, call: Call) -> None:
+    def expect(self, prediction_id: str, call: Call, model: str = "") -> None:
         """This call was admitted: ``append`` will have it. Never raises."""
-        self._sampler.expect(prediction_id, call)
+        self._sampler.expect(prediction_id, call, model)
 
     def append(self, calls: Sequence[Finished]) -> None:
         """Records these calls, or counts why not; with one write, and durable against the death of the process

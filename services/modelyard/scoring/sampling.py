@@ -3,8 +3,7 @@ a key is looked for inside a body."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -29,11 +28,16 @@ class Sampler:
         """The header that transports put into ``Call.key``."""
         self._kind, self._name = kind, name
         self._drawn: dict[str, bool] = {}
+        self._only: dict[str, str] = {}
 
-    def expect(self, prediction_id: str, call: Call) -> None:
+    def learn(self, model: str, inputs: Sequence[str]) -> None:
+        """What a model calls its inputs: an only one is found under any name."""
+        self._only[model] = inputs[0] if len(inputs) == 1 else ""
+
+    def expect(self, prediction_id: str, call: Call, model: str = "") -> None:
         """Draws for a call under way, which is known by its prediction id from then on."""
         if self.keyed:
-            self._drawn[prediction_id] = self._chosen(prediction_id, call)
+            self._drawn[prediction_id] = self._chosen(prediction_id, call, model)
 
     def peek(self, prediction_id: str) -> bool:
         """Whether this call is chosen, while it is under way."""
@@ -49,31 +53,18 @@ class Sampler:
         """A call by itself."""
         return crc32(prediction_id.encode("utf-8", "replace")) < self._below
 
-    def _chosen(self, prediction_id: str, call: Call) -> bool:
+    def _chosen(self, prediction_id: str, call: Call, model: str) -> bool:
         """A call by its key; by itself when it has none."""
-        key = self._key(call)
+        key = self._key(call, model)
         if not key:
             return self._by_id(prediction_id)
         # Not a CRC: keys that people give are alike, and a CRC of what is alike is alike too.
         drawn = blake2b(key.encode("utf-8", "replace"), digest_size=4).digest()
         return int.from_bytes(drawn, "big") < self._below
 
-    def _key(self, call: Call) -> str:
+    def _key(self, call: Call, model: str) -> str:
         if self._kind == "input":
-            return _input(call, self._name)
+            from .sampling_keys import key_of
+
+            return key_of(call, self._name, self._only.get(model, ""))
         return {"request_id": call.request_id, "trace_id": call.trace_id, "header": call.key}.get(self._kind, "")
-
-
-def _input(call: Call, name: str) -> str:
-    """An input's values as text, the same by whichever protocol they came; one value alone without its brackets."""
-    from ..core.decode import inputs
-
-    try:
-        value = inputs(call.protocol, call.body, call.body_type).get(name)
-    except Exception:  # noqa: BLE001 - whatever a body is, it has no key then
-        return ""
-    while isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), sort_keys=True, default=str)

@@ -20,6 +20,7 @@ from modelyard.scoring import collect
 from modelyard.scoring.capture import CaptureLog
 from modelyard.scoring.dataplane import DataPlane
 from tests.unit.scoring.planes import grpc_call, open_plane, rest_call, score_call
+from tests.unit.scoring.test_joined_flavours import graph
 from tests.unit.test_capture_log import until
 
 SCORE = """
@@ -90,25 +91,55 @@ async def test_calls_with_one_key_are_all_recorded_or_none(tmp_path: Path, key: 
     assert rows == kept, "what is collected follows its call"
 
 
-async def test_a_key_means_the_same_in_each_protocol_and_replica(tmp_path: Path) -> None:
-    chosen: dict[str, set[int]] = {}
-    for protocol in ("grpc", "rest", "score"):
-        async with planned(tmp_path / protocol, sampling=0.5, sampling_key="input:customer",
-                           limits={"max_queue": 1000}) as (plane, log):
-            for number in range(40):
-                if protocol == "grpc":
-                    call = grpc_call("flower", Tensor("customer", np.array([number])), Tensor("age", np.array([1.5])))
-                elif protocol == "rest":
-                    call = rest_call("flower", {"inputs": [
-                        {"name": "customer", "datatype": "INT64", "shape": [1], "data": [number]},
-                        {"name": "age", "datatype": "FP64", "shape": [1], "data": [1.5]}]})
-                else:
-                    call = score_call({"customer": number})
-                before = log.totals["recorded"]
-                assert (await plane.handle([call]))[0].status == "OK"
-                if log.totals["recorded"] > before:
-                    chosen.setdefault(protocol, set()).add(number)
-    assert chosen["grpc"] == chosen["rest"] == chosen["score"] and 8 <= len(chosen["grpc"]) <= 32
+VALUES = [n if n % 2 else n + 0.1 for n in range(40)]
+FORMS: dict[str, Any] = {
+    "raw, single precision": lambda n: grpc_call("flower", Tensor("customer", np.array([[n]], np.float32)), AGE),
+    "typed, double precision": lambda n: grpc_call("flower", Tensor("customer", np.array([n])), AGE, raw=False),
+    "v2": lambda n: rest_call("flower", {"inputs": [
+        {"name": "customer", "datatype": "FP32", "shape": [1], "data": [n]},
+        {"name": "age", "datatype": "FP64", "shape": [1], "data": [1.5]}]}),
+    "a field": lambda n: score_call({"customer": n, "age": 2}),
+    "a list": lambda n: score_call({"customer": [[n]]}),
+    "a column": lambda n: score_call({"columns": ["age", "customer"], "data": [[2, n]]}),
+    "rows of names": lambda n: score_call({"data": [{"age": 2, "customer": n}]}),
+    "columns by name": lambda n: score_call({"data": {"customer": [n]}}),
+}
+AGE = Tensor("age", np.array([1.5]))
+
+
+async def drawn(plane: DataPlane, log: CaptureLog, forms: dict[str, Any]) -> dict[str, set[float]]:
+    """Which values are recorded, of calls of each form."""
+    chosen: dict[str, set[float]] = {}
+    for form, make in forms.items():
+        for n in VALUES:
+            before = log.totals["recorded"]
+            assert (await plane.handle([make(n)]))[0].status == "OK"
+            if log.totals["recorded"] > before:
+                chosen.setdefault(form, set()).add(n)
+    return chosen
+
+
+@pytest.mark.parametrize("replica", [0, 1])
+async def test_a_key_means_the_same_in_each_form_and_replica(tmp_path: Path, replica: int) -> None:
+    async with planned(tmp_path, "def run(data):\n    return 1\n", sampling=0.5,
+                       sampling_key="input:customer") as (plane, log):
+        chosen = await drawn(plane, log, FORMS)
+    first = chosen["a field"]
+    assert chosen == dict.fromkeys(FORMS, first) and {3, 0.1} & first == CHOSEN, "the same in every process"
+    assert 8 <= len(first) <= 32
+
+
+CHOSEN = {3}
+"""Of two values, by the hash of what stands for them."""
+
+
+async def test_an_only_input_is_a_key_under_any_name(tmp_path: Path) -> None:
+    model = graph(tmp_path / "m.onnx", [("Identity", ["x"], {})], {"x": ["n", 1]}, ["n", 1])
+    forms = {name: lambda n, name=name: grpc_call("m", Tensor(name, np.array([[n]], np.float32))) for name in "xyz"}
+    forms |= {"data": lambda n: score_call({"data": [[n]]}), "bare": lambda n: score_call([[n]])}
+    async with planned(tmp_path, None, models=[model], sampling=0.5, sampling_key="input:x") as (plane, log):
+        chosen = await drawn(plane, log, forms)
+    assert chosen == dict.fromkeys(forms, chosen["x"]) and 8 <= len(chosen["x"]) <= 32
 
 
 async def test_failures_are_recorded_whatever_their_key(tmp_path: Path) -> None:
