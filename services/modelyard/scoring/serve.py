@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import importlib.util
 import signal
 import sys
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from ..core.errors import Invalid
-from . import collect
+from . import collect, garbage
 from .admin import Admin
 from .capture import CaptureLog
 from .dataplane import DataPlane
@@ -29,12 +28,9 @@ CANNOT_START = 3
 DRAIN_S = CONNECTION_AGE_S * 1.1 + 0.5
 """By then every connection of before the drain was told to end; their age is jittered by a tenth."""
 QUIET_S = 1.0
-"""Nobody called for so long while draining: nobody is there."""
+"""Nobody called for so long: while draining, nobody is there."""
 SWITCH_S = 0.001
 """User code that computes gives way to the event loop this often, so that health and refusals stay quick."""
-GARBAGE = 10_000
-"""Objects more than before after which Python looks for those that hold each other. Calls under way are some hundred,
-and hold nothing of the kind: with Python's 700 it looked in vain, for a twentieth of the processor time."""
 LEAVE_S = 20.0
 """From the signal to the end of what is in flight; capture is flushed after it, within 25 s altogether."""
 
@@ -80,9 +76,7 @@ class Replica:
             load.cancel()
             return
         load.result()
-        gc.collect()
-        gc.freeze()  # what models are made of lives as long as we do: no need to look through it again and again
-        gc.set_threshold(GARBAGE, *gc.get_threshold()[1:])
+        garbage.loaded(self._quiet)
         for transport in self.transports:
             await transport.loaded()
         say(f"ready after {time.monotonic() - began:.2f} s: {', '.join(self.plane.table.names)}")
@@ -115,9 +109,10 @@ class Replica:
         await self.admin.close()
 
     def _nobody_is_there(self) -> bool:
-        now = time.monotonic()
-        quiet = self.plane.metrics.in_flight == 0 and now - self.plane.last_call >= QUIET_S
-        return quiet or now - self._draining_since >= DRAIN_S
+        return self._quiet() or time.monotonic() - self._draining_since >= DRAIN_S
+
+    def _quiet(self) -> bool:
+        return self.plane.metrics.in_flight == 0 and time.monotonic() - self.plane.last_call >= QUIET_S
 
     def _close(self) -> None:
         self.plane.close()
