@@ -22,7 +22,6 @@ from .runners import CannotStart
 from .settings import Settings
 from .transport import CONNECTION_AGE_S, Transport
 from .transport_direct import DirectTransport
-from .transport_rest import RestTransport
 
 CANNOT_START = 3
 DRAIN_S = CONNECTION_AGE_S * 1.1 + 0.5
@@ -31,6 +30,8 @@ QUIET_S = 1.0
 """Nobody called for so long: while draining, nobody is there."""
 SWITCH_S = 0.001
 """User code that computes gives way to the event loop this often, so that health and refusals stay quick."""
+ADMIN_S = 0.5
+"""Whoever asks how we are is answered for so long after everybody else."""
 LEAVE_S = 20.0
 """From the signal to the end of what is in flight; capture is flushed after it, within 25 s altogether."""
 
@@ -43,7 +44,7 @@ class Replica:
         self.log = _open_log(settings, image)
         name = settings.deployment or settings.image.partition(":")[0] or "model"
         self.plane = DataPlane(name, settings.limits, self.log)
-        self.admin = Admin(settings.admin, self.plane, self.drain, self.spread)
+        self.admin = DirectTransport(settings.admin, self.plane, site=Admin(self.plane, self.drain, self.spread))
         self.transports: list[Transport] = [open_grpc(settings, self.plane), open_rest(settings, self.plane)]
         self.plane.otlp = _open_otlp(settings, self.plane)
         self._stop = asyncio.Event()
@@ -106,7 +107,7 @@ class Replica:
         await asyncio.gather(*(transport.stop(grace) for transport in self.transports))
         if self.plane.otlp is not None:
             await self.plane.otlp.close()
-        await self.admin.close()
+        await self.admin.stop(ADMIN_S)
 
     def _nobody_is_there(self) -> bool:
         return self._quiet() or time.monotonic() - self._draining_since >= DRAIN_S
@@ -137,8 +138,11 @@ def open_grpc(settings: Settings, plane: DataPlane) -> Transport:
 
 def open_rest(settings: Settings, plane: DataPlane) -> Transport:
     """The fast one, which needs nothing more; with ``--transport grpc`` aiohttp alone."""
-    made = RestTransport if settings.transport == "grpc" else DirectTransport
-    return made(settings.http, plane, settings.tls)
+    if settings.transport == "grpc":
+        from .transport_rest import RestTransport
+
+        return RestTransport(settings.http, plane, settings.tls)
+    return DirectTransport(settings.http, plane, settings.tls)
 
 
 def _open_log(settings: Settings, image: Image) -> CaptureLog | None:
