@@ -275,6 +275,7 @@ def test_what_it_may_import() -> None:
         subprocess.run([*command(SERVICES)[:3], "-c", bare.format(module), str(SERVICES)], check=True, timeout=30)
     heavy = ("import sys, modelyard.scoring.serve, modelyard.scoring.runner_score, modelyard.capture\n"
              "bad = {'aiohttp', 'pydantic', 'pyarrow', 'numpy', 'pandas', 'sklearn', 'modelyard.kernel',\n"
-             "       'modelyard.client', 'modelyard.telemetry', 'modelyard.settings', 'modelyard.core.specs'} & set(sys.modules)\n"
+             "       'modelyard.client', 'modelyard.telemetry', 'modelyard.settings',\n"
+             "       'modelyard.core.specs'} & set(sys.modules)\n"
              "assert not bad, bad")
     subprocess.run([sys.executable, "-c", heavy], check=True, timeout=60)
