@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(rest: list[str]) -> int:
+    from . import garbage
+
+    garbage.loading()
     from ..core.errors import ModelyardError
     from .settings import Settings
 

@@ -4,54 +4,31 @@ replica, not for callers; it answers while models load, while calls queue and wh
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-
-import orjson
-from aiohttp import web
+from functools import partial
 
 from .dataplane import DataPlane
-from .rest import exposition
-from .transport_rest import HttpSite, respond
+from .rest import Found, Reply, Site, exposition, told
 
 
-class Admin:
-    """``drain`` is called when somebody posts ``/drain``, ``spread`` when ``/spread``."""
+class Admin(Site):
+    """``drain`` is called when somebody posts ``/drain``, ``spread`` when ``/spread``; the answer says that it is
+    done."""
 
-    def __init__(self, address: str, plane: DataPlane, drain: Callable[[], Awaitable[None]],
+    def __init__(self, plane: DataPlane, drain: Callable[[], Awaitable[None]],
                  spread: Callable[[], Awaitable[None]]) -> None:
-        self._plane, self._drain, self._spread = plane, drain, spread
-        app = web.Application()
-        app.add_routes([web.get("/livez", self._livez), web.get("/readyz", self._readyz),
-                        web.get("/metrics", self._metrics), web.post("/drain", self._on_drain),
-                        web.post("/spread", self._on_spread)])
-        self._http = HttpSite(address, app, shutdown_s=0.5)
+        super().__init__(plane)
+        self._plain = {
+            "/livez": Found(lambda found, query: self._state(503 if plane.stuck else 200)),
+            "/readyz": Found(lambda found, query: self._state(200 if plane.ready else 503)),
+            "/metrics": Found(lambda found, query: exposition(plane)),
+            "/drain": Found(work=partial(self._after, drain)), "/spread": Found(work=partial(self._after, spread))}
+        self._of_models = {}
 
-    async def start(self) -> str:
-        """Listens; gives back the address with the port it got."""
-        return await self._http.start()
-
-    async def close(self) -> None:
-        """Closes every connection."""
-        await self._http.close()
-
-    async def _livez(self, request: web.Request) -> web.Response:
-        return self._state(503 if self._plane.stuck else 200)
-
-    async def _readyz(self, request: web.Request) -> web.Response:
-        return self._state(200 if self._plane.ready else 503)
-
-    async def _metrics(self, request: web.Request) -> web.Response:
-        return respond(exposition(self._plane))
-
-    async def _on_drain(self, request: web.Request) -> web.Response:
-        await self._drain()
+    async def _after(self, done: Callable[[], Awaitable[None]]) -> Reply:
+        await done()
         return self._state(202)
 
-    async def _on_spread(self, request: web.Request) -> web.Response:
-        await self._spread()
-        return self._state(202)
-
-    def _state(self, status: int) -> web.Response:
+    def _state(self, status: int) -> Reply:
         plane = self._plane
-        body = {"ready": plane.ready, "draining": plane.draining, "in_flight": plane.metrics.in_flight,
-                "stuck": plane.stuck}
-        return web.Response(body=orjson.dumps(body), status=status, content_type="application/json")
+        return told({"ready": plane.ready, "draining": plane.draining, "in_flight": plane.metrics.in_flight,
+                     "stuck": plane.stuck}, status)

@@ -26,6 +26,7 @@ from .codecs import GrpcCodec, StreamCodec
 from .dataplane import DataPlane
 from .grpc_wire import Refused
 from .h2_call import Gone, H2Call, Receive, Send, alone, deadline
+from .h2_cork import BUNCH, Cork
 from .h2_infer import Infer, adopt, again, take
 from .streams import Stream
 from .transport import binary_trace, request_id, trace
@@ -51,6 +52,7 @@ class H2App:
         self.plane = plane
         self.loop = asyncio.get_running_loop()
         self.under_way: set[Infer] = set()
+        self.cork = Cork()
         self._limit, self._idle_s = plane.limits.max_message_bytes, plane.limits.timeout_ms / 1000
         self._key = plane.sampling_header.encode()
         self._codec, self._stream_codec = GrpcCodec(), StreamCodec()
@@ -93,6 +95,8 @@ class H2App:
         if headers.get(b"content-type") not in PLAIN or scope["method"] != "POST" or b"grpc-encoding" in headers \
                 or "http.response.trailers" not in scope["extensions"]:
             return self._serve(scope, receive, send)
+        if self.cork.idle and len(self.under_way) >= BUNCH:
+            self.cork.hold()
         taken: list[Any] = []
         if (message := take(receive, self._limit, taken)) is None:
             return self._serve(scope, again(taken, receive), send)

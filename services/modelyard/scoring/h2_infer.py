@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import grpc_wire as wire
 from .calls import Answer
 from .h2_call import BODY, DONE, START, Receive, Send, headers_only
+from .h2_cork import BUNCH
 
 if TYPE_CHECKING:
     from .h2_app import H2App
@@ -39,6 +40,8 @@ class Infer:
         if self._ended:
             return
         send, app = self._send, self._app
+        if app.cork.idle and len(app.under_way) >= BUNCH:
+            app.cork.hold()
         try:
             if answer.error is not None:
                 for event in headers_only(wire.failed(answer.error, app.metadata(answer))):

@@ -46,6 +46,12 @@ class Head:
 
         return np.ndarray(self.shape, self._dtype, body[self._at:])
 
+    def view(self, body: bytes) -> Array:
+        """The same without a copy: where it lies in the request, so mostly not aligned."""
+        import numpy as np
+
+        return np.ndarray(self.shape, self._dtype, body, self._at)
+
 
 class Heads:
     """The heads of a codec, by the length of the request: the last one seen of each."""

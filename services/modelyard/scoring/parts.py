@@ -98,6 +98,11 @@ def join(values: Sequence[Any]) -> Any:
     return _concatenate(values)
 
 
+def aligned(arrays: Arrays) -> Arrays:
+    """As a model may want them that is to have them alone; those that are joined are copied, and so aligned, anyway."""
+    return {name: array if array.flags.aligned else array.copy() for name, array in arrays.items()}
+
+
 def _concatenate(arrays: Sequence[Any]) -> Any:
     import numpy as np
 

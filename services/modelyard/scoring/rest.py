@@ -1,14 +1,14 @@
 """REST itself, whatever carries it: routes, headers, problem documents. Open Inference Protocol v2, ``/score`` and its
 companions, metrics.
 
-A carrier finds the route of a request, and either has a reply at once (``tell``) or a call for the plane (``ask``),
-whose answer becomes the reply (``answered``).
+A carrier finds the route of a request, and either has a reply at once (``tell``), or later (``work``), or a call for
+the plane (``ask``), whose answer becomes the reply (``answered``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
@@ -30,6 +30,8 @@ from .transport import request_id, trace
 HEADER_LENGTH = "inference-header-content-length"
 EXTENSIONS = ["binary_tensor_data"]
 TEXT = "text/plain; charset=utf-8"
+SERVER = "modelyard"
+"""As every answer calls us."""
 Headers = Mapping[str, str]
 """Looked up by names in lower case."""
 
@@ -45,10 +47,11 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What answers a request: the one or the other."""
+    """What answers a request: one of the three."""
 
     tell: Callable[[Found, str], Reply] | None = None
     ask: Callable[[Found, Headers, bytes], Call] | None = None
+    work: Callable[[], Awaitable[Reply]] | None = None
     model: str = ""
     version: str = ""
 
@@ -64,7 +67,7 @@ class Site:
         self._plain: dict[str, Found] = {
             "/": Found(self._healthy), "/score": Found(ask=self._ask_score), "/swagger.json": Found(self._swagger),
             "/metrics": Found(lambda found, query: exposition(plane)), "/v2": Found(self._server_metadata),
-            "/v2/health/live": Found(lambda found, query: _json({"live": True})),
+            "/v2/health/live": Found(lambda found, query: told({"live": True})),
             "/v2/health/ready": Found(self._ready)}
         self._of_models = {"": Found(self._model_metadata), "ready": Found(self._model_ready),
                            "infer": Found(ask=self._ask_infer)}
@@ -73,7 +76,7 @@ class Site:
         found = self._plain.get(path) or self._of_model(path)
         if found is None:
             return _refusing(404)
-        allowed = ("POST",) if found.ask is not None else ("GET", "HEAD")
+        allowed = ("GET", "HEAD") if found.tell is not None else ("POST",)
         return found if method in allowed else _refusing(405, ",".join(allowed))
 
     def _of_model(self, path: str) -> Found | None:
@@ -83,7 +86,7 @@ class Site:
             return None
         version, rest = (parts[5], parts[6:]) if len(parts) > 5 and parts[4] == "versions" else ("", parts[4:])
         found = self._of_models.get("/".join(rest))
-        return None if found is None else Found(found.tell, found.ask, parts[3], version)
+        return None if found is None else replace(found, model=parts[3], version=version)
 
     def tell(self, found: Found, headers: Headers, query: str = "") -> Reply:
         """The reply of a route that has one at once."""
@@ -132,18 +135,18 @@ class Site:
         return Reply(200 if ready else 503, f"Content-Type: {TEXT}\r\n", b"Healthy" if ready else b"Not ready")
 
     def _ready(self, found: Found, query: str) -> Reply:
-        return _json({"ready": self._plane.ready}, 200 if self._plane.ready else 503)
+        return told({"ready": self._plane.ready}, 200 if self._plane.ready else 503)
 
     def _server_metadata(self, found: Found, query: str) -> Reply:
-        return _json({"name": "modelyard", "version": __version__, "extensions": EXTENSIONS})
+        return told({"name": "modelyard", "version": __version__, "extensions": EXTENSIONS})
 
     def _model_ready(self, found: Found, query: str) -> Reply:
         self._plane.about(found.model, found.version)
-        return _json({"name": found.model, "ready": self._plane.ready}, 200 if self._plane.ready else 503)
+        return told({"name": found.model, "ready": self._plane.ready}, 200 if self._plane.ready else 503)
 
     def _model_metadata(self, found: Found, query: str) -> Reply:
         _, runner = self._plane.about(found.model, found.version)
-        return _json({"name": found.model, "versions": self._plane.table.versions(found.model),
+        return told({"name": found.model, "versions": self._plane.table.versions(found.model),
                       "platform": runner.platform, "inputs": _slots(runner.inputs), "outputs": _slots(runner.outputs)})
 
     def _swagger(self, found: Found, query: str) -> Reply:
@@ -152,7 +155,7 @@ class Site:
             raise NotFound(f"there is no swagger of version '{version}'; ask for 2 or 3")
         default = self._plane.table.default
         runner = self._plane.about(default)[1] if default else None
-        return _json(describe(self._plane.deployment, runner, int(version)))
+        return told(describe(self._plane.deployment, runner, int(version)))
 
 
 def refusal(status: int, allow: str = "") -> Reply:
@@ -181,7 +184,8 @@ def _constant(body_type: str, model: str, deployment: str) -> tuple[str, str, st
             f"\r\nInference-Header-Content-Length: {length}\r\n" if length else "\r\n")
 
 
-def _json(body: Any, status: int = 200) -> Reply:
+def told(body: Any, status: int = 200) -> Reply:
+    """JSON."""
     return Reply(status, f"Content-Type: {JSON}\r\n", orjson.dumps(body))
 
 

@@ -20,14 +20,16 @@ from .dataplane import DataPlane
 from .rest import Reply, Site, refusal
 from .rest_wire import Head
 
+Other = Callable[[], asyncio.Protocol]
 APART_BYTES = 65_536
 """A larger body is not copied behind its head."""
 
 
 class Door:
-    """What the connections of one address share. ``other`` makes the protocol that takes what is not plain."""
+    """What the connections of one address share. ``other`` gives, when it is there, what makes the protocol that takes
+    what is not plain."""
 
-    def __init__(self, plane: DataPlane, site: Site, other: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(self, plane: DataPlane, site: Site, other: Callable[[], asyncio.Future[Other]]) -> None:
         self.plane, self.site, self.other = plane, site, other
         self.limit = plane.limits.max_message_bytes
         self.open: set[Connection] = set()
@@ -52,7 +54,7 @@ class Connection(asyncio.Protocol):
     """One request at a time; what comes behind it waits, and its caller is not read from meanwhile."""
 
     __slots__ = ("_begun", "_busy", "_door", "_head", "_job", "_kept", "_later", "_missing", "_parts", "_since",
-                 "_stalled", "_taking", "_transport")
+                 "_stalled", "_taking", "_transport", "_work")
 
     def __init__(self, door: Door) -> None:
         self._door = door
@@ -66,6 +68,7 @@ class Connection(asyncio.Protocol):
         self._parts: list[bytes] = []
         self._missing = 0
         self._job: Any = None
+        self._work: asyncio.Future[Reply] | None = None
         self._busy = self._taking = self._stalled = False
         self._since = door.time()
 
@@ -76,8 +79,8 @@ class Connection(asyncio.Protocol):
 
     @property
     def reading(self) -> bool:
-        """In the middle of a request."""
-        return self._missing > 0 or bool(self._begun)
+        """In the middle of a request, or of handing one over."""
+        return self._missing > 0 or bool(self._begun) or self._taking
 
     def expire(self, idle: float, body: float) -> None:
         """Nothing came since: the connection ends, of a request that is not whole with an answer."""
@@ -181,6 +184,11 @@ class Connection(asyncio.Protocol):
     def _ask(self, head: Head, body: bytes) -> None:
         door, found = self._door, head.found
         try:
+            if found.work is not None:
+                self._busy = True
+                self._work = asyncio.ensure_future(found.work())
+                self._work.add_done_callback(self._worked)
+                return
             if found.ask is None:
                 self._answer(door.site.tell(found, head.headers, head.query))
                 return
@@ -204,6 +212,17 @@ class Connection(asyncio.Protocol):
             if self._later:
                 self._go_on()
 
+    def _worked(self, work: asyncio.Future[Reply]) -> None:
+        self._busy, self._work = False, None
+        if work.cancelled():
+            self.close()
+            return
+        if (error := work.exception()) is not None:
+            traceback.print_exception(error)
+        if self._transport is not None:
+            self._answer(work.result() if error is None else refusal(500))
+            self._go_on()
+
     def _answer(self, reply: Reply) -> None:
         asked, transport = self._head, self._transport
         assert asked is not None and transport is not None
@@ -217,11 +236,22 @@ class Connection(asyncio.Protocol):
             transport.close()
 
     def _hand_over(self, data: bytes) -> None:
-        """To aiohttp, with what is not plain and all that comes behind it."""
+        """To aiohttp, with what is not plain and all that comes behind it; until it is there nothing more is read."""
+        assert self._transport is not None
+        self._later = data
+        self._transport.pause_reading()
+        self._door.other().add_done_callback(self._switch)
+
+    def _switch(self, opened: asyncio.Future[Other]) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        if opened.cancelled() or opened.exception() is not None:
+            self.close()
+            return
         transport, self._transport = self._transport, None
-        assert transport is not None
         self._door.open.discard(self)
-        other = self._door.other()
+        data, self._later = self._later, b""
+        other = opened.result()()
         transport.set_protocol(other)
         other.connection_made(transport)
         transport.resume_reading()

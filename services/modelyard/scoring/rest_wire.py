@@ -13,9 +13,7 @@ from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 
-from aiohttp.http import SERVER_SOFTWARE
-
-from .rest import Found, Reply, Site
+from .rest import SERVER, Found, Reply, Site
 
 HEAD_BYTES = 8_000
 HEAD_LINES = 100
@@ -82,4 +80,4 @@ def _status(status: int) -> str:
 def _common(second: int, last: bool) -> str:
     """The lines that every answer of this second ends with."""
     ends = "Connection: close\r\n" if last else ""
-    return f"Date: {formatdate(second, usegmt=True)}\r\nServer: {SERVER_SOFTWARE}\r\n{ends}\r\n"
+    return f"Date: {formatdate(second, usegmt=True)}\r\nServer: {SERVER}\r\n{ends}\r\n"

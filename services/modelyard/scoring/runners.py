@@ -18,7 +18,7 @@ from .arguments import as_array, body_of, columns_of, data_of, only, parse
 from .calls import Asked, ScoringFailed
 from .context import CURRENT
 from .image import Image, Model, Slot
-from .parts import NotByRows, Part, Rows, join, measure_arrays, row_wise
+from .parts import NotByRows, Part, Rows, aligned, join, measure_arrays, row_wise
 from .records import Names
 
 
@@ -98,7 +98,7 @@ class RowRunner(Runner):
         if head is None or (found := head.parts.get(self)) is None:
             return None
         name, names, rows, key = found
-        return Part(({name: head.array(asked.wire)}, names), rows, key)
+        return Part(({name: head.view(asked.wire)}, names), rows, key)
 
     def prepare(self, asked: Asked) -> Part:
         part = measure_arrays(*self.arrays(asked))
@@ -110,7 +110,8 @@ class RowRunner(Runner):
         return part
 
     def one(self, part: Part) -> Any:
-        return self.predict(*part.inputs)
+        arrays, names = part.inputs
+        return self.predict(aligned(arrays), names)
 
     def many(self, parts: Sequence[Part]) -> Any:
         names = parts[0].inputs[1]
@@ -127,7 +128,8 @@ class RowRunner(Runner):
         current = CURRENT.get()
         token = CURRENT.set(current and current._replace(tried=True))
         try:
-            by_rows = row_wise(lambda arrays: self.predict(arrays, names), parts[0].inputs[0], parts[1].inputs[0])
+            by_rows = row_wise(lambda arrays: self.predict(aligned(arrays), names), parts[0].inputs[0],
+                               parts[1].inputs[0])
         finally:
             CURRENT.reset(token)
         if not by_rows:

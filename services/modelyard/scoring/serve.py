@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import importlib.util
 import signal
 import sys
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from ..core.errors import Invalid
-from . import collect
+from . import collect, garbage
 from .admin import Admin
 from .capture import CaptureLog
 from .dataplane import DataPlane
@@ -23,18 +22,16 @@ from .runners import CannotStart
 from .settings import Settings
 from .transport import CONNECTION_AGE_S, Transport
 from .transport_direct import DirectTransport
-from .transport_rest import RestTransport
 
 CANNOT_START = 3
 DRAIN_S = CONNECTION_AGE_S * 1.1 + 0.5
 """By then every connection of before the drain was told to end; their age is jittered by a tenth."""
 QUIET_S = 1.0
-"""Nobody called for so long while draining: nobody is there."""
+"""Nobody called for so long: while draining, nobody is there."""
 SWITCH_S = 0.001
 """User code that computes gives way to the event loop this often, so that health and refusals stay quick."""
-GARBAGE = 10_000
-"""Objects more than before after which Python looks for those that hold each other. Calls under way are some hundred,
-and hold nothing of the kind: with Python's 700 it looked in vain, for a twentieth of the processor time."""
+ADMIN_S = 0.5
+"""Whoever asks how we are is answered for so long after everybody else."""
 LEAVE_S = 20.0
 """From the signal to the end of what is in flight; capture is flushed after it, within 25 s altogether."""
 
@@ -47,7 +44,7 @@ class Replica:
         self.log = _open_log(settings, image)
         name = settings.deployment or settings.image.partition(":")[0] or "model"
         self.plane = DataPlane(name, settings.limits, self.log)
-        self.admin = Admin(settings.admin, self.plane, self.drain, self.spread)
+        self.admin = DirectTransport(settings.admin, self.plane, site=Admin(self.plane, self.drain, self.spread))
         self.transports: list[Transport] = [open_grpc(settings, self.plane), open_rest(settings, self.plane)]
         self.plane.otlp = _open_otlp(settings, self.plane)
         self._stop = asyncio.Event()
@@ -80,9 +77,7 @@ class Replica:
             load.cancel()
             return
         load.result()
-        gc.collect()
-        gc.freeze()  # what models are made of lives as long as we do: no need to look through it again and again
-        gc.set_threshold(GARBAGE, *gc.get_threshold()[1:])
+        garbage.loaded(self._quiet)
         for transport in self.transports:
             await transport.loaded()
         say(f"ready after {time.monotonic() - began:.2f} s: {', '.join(self.plane.table.names)}")
@@ -112,12 +107,13 @@ class Replica:
         await asyncio.gather(*(transport.stop(grace) for transport in self.transports))
         if self.plane.otlp is not None:
             await self.plane.otlp.close()
-        await self.admin.close()
+        await self.admin.stop(ADMIN_S)
 
     def _nobody_is_there(self) -> bool:
-        now = time.monotonic()
-        quiet = self.plane.metrics.in_flight == 0 and now - self.plane.last_call >= QUIET_S
-        return quiet or now - self._draining_since >= DRAIN_S
+        return self._quiet() or time.monotonic() - self._draining_since >= DRAIN_S
+
+    def _quiet(self) -> bool:
+        return self.plane.metrics.in_flight == 0 and time.monotonic() - self.plane.last_call >= QUIET_S
 
     def _close(self) -> None:
         self.plane.close()
@@ -142,8 +138,11 @@ def open_grpc(settings: Settings, plane: DataPlane) -> Transport:
 
 def open_rest(settings: Settings, plane: DataPlane) -> Transport:
     """The fast one, which needs nothing more; with ``--transport grpc`` aiohttp alone."""
-    made = RestTransport if settings.transport == "grpc" else DirectTransport
-    return made(settings.http, plane, settings.tls)
+    if settings.transport == "grpc":
+        from .transport_rest import RestTransport
+
+        return RestTransport(settings.http, plane, settings.tls)
+    return DirectTransport(settings.http, plane, settings.tls)
 
 
 def _open_log(settings: Settings, image: Image) -> CaptureLog | None:

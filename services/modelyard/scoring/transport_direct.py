@@ -1,34 +1,55 @@
-"""REST without a framework in between: plain requests are read here, all others by aiohttp, on the same address."""
+"""REST without a framework in between: plain requests are read here, all others by aiohttp, on the same address.
+
+aiohttp is imported, in a thread, when the first of the others comes: it is a tenth of a cold start, and most callers,
+probes among them, never need it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import importlib
+from typing import TYPE_CHECKING
 
-from .rest_connection import Door
-from .transport import BACKLOG, listen
-from .transport_rest import KEEP_ALIVE_S, SHUTDOWN_S, RestTransport
+from .dataplane import DataPlane
+from .rest import Site
+from .rest_connection import Door, Other
+from .transport import BACKLOG, Tls, Transport, listen
 
+if TYPE_CHECKING:
+    from .transport_rest import RestTransport
+
+KEEP_ALIVE_S = 75
+SHUTDOWN_S = 2.0
 SWEEP_S = 5.0
 
 
-class DirectTransport(RestTransport):
-    """An asyncio server whose connections hand over to the aiohttp server that ``RestTransport`` is."""
+class DirectTransport(Transport):
+    """An asyncio server whose connections hand over to the aiohttp server that a ``RestTransport`` is."""
 
+    name = "http"
     library = "asyncio, aiohttp"
-    _server: asyncio.Server | None = None
     _door: Door
     _sweeping: asyncio.TimerHandle
 
+    def __init__(self, address: str, plane: DataPlane, tls: Tls | None = None, site: Site | None = None) -> None:
+        self._address, self._plane, self._tls, self._site = address, plane, tls, site or Site(plane)
+        self._server: asyncio.Server | None = None
+        self._rest: RestTransport | None = None
+        self._opening: asyncio.Task[Other] | None = None
+
     async def start(self) -> str:
-        sock, address = listen(self._http.address)
-        await self._http.runner.setup()
-        assert self._http.runner.server is not None
-        self._door = Door(self._plane, self._site, self._http.runner.server)
-        tls = self._http.tls
+        sock, address = listen(self._address)
+        self._door = Door(self._plane, self._site, self._behind)
         self._server = await asyncio.get_running_loop().create_server(
-            self._door, sock=sock, ssl=tls.context() if tls else None, backlog=BACKLOG)
+            self._door, sock=sock, ssl=self._tls.context() if self._tls else None, backlog=BACKLOG)
         self._sweep()
         return address
+
+    async def loaded(self) -> None:
+        """Readiness is asked of the plane itself."""
+
+    async def drain(self) -> None:
+        """``Connection: close`` is asked of the plane itself, answer by answer."""
 
     async def stop(self, grace_s: float) -> None:
         if self._server is None:
@@ -39,7 +60,21 @@ class DirectTransport(RestTransport):
         while self._under_way(now) and self._door.time() < now + grace_s:  # noqa: ASYNC110 - it is counted
             await asyncio.sleep(0.02)
         self._door.close()
-        await super().stop(grace_s - (self._door.time() - now))
+        if self._opening is not None:
+            self._opening.cancel()
+        if self._rest is not None:
+            await self._rest.stop(grace_s - (self._door.time() - now))
+
+    def _behind(self) -> asyncio.Future[Other]:
+        """aiohttp's server, for a connection that needs it."""
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+        return self._opening
+
+    async def _open(self) -> Other:
+        module = await asyncio.to_thread(importlib.import_module, f"{__package__}.transport_rest")
+        self._rest = module.RestTransport(self._address, self._plane, site=self._site)
+        return await self._rest.behind()
 
     def _under_way(self, asked: float) -> bool:
         """Somebody waits for an answer; whoever still sends a request is waited for less long."""

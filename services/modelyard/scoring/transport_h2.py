@@ -72,6 +72,7 @@ class H2Transport(Transport):
         if self._ageing is not None:
             self._ageing.cancel()
         if self._server is not None:
+            self._app.cork.leave()
             self._server.shutdown()
         self._app.leave()
         if self._running:
@@ -91,6 +92,7 @@ class H2Transport(Transport):
         self._running.add(task)
         task.add_done_callback(self._ended)
         await server.wait_started()
+        await self._app.cork.look()
         self._server = server
         if before is not None:
             before.shutdown()

@@ -14,58 +14,41 @@ from aiohttp import web
 from ..core.errors import Invalid, ModelyardError
 from .calls import too_large
 from .dataplane import DataPlane
-from .rest import Reply, Site, refusal
+from .rest import SERVER, Reply, Site, refusal
 from .transport import BACKLOG, Tls, Transport, listen
+from .transport_direct import KEEP_ALIVE_S, SHUTDOWN_S
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-KEEP_ALIVE_S = 75
-SHUTDOWN_S = 2.0
-
-
-class HttpSite:
-    """An aiohttp application on ``host:port`` or ``unix:PATH``; port 0 gives a free one."""
-
-    def __init__(self, address: str, app: web.Application, shutdown_s: float = SHUTDOWN_S,
-                 tls: Tls | None = None) -> None:
-        self.address, self.tls = address, tls
-        self.runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=shutdown_s,
-                                    handler_cancellation=True, keepalive_timeout=KEEP_ALIVE_S)
-        self._site: web.BaseSite | None = None
-
-    async def start(self) -> str:
-        """Listens; gives back the address with the port it got. Raises OSError."""
-        sock, address = listen(self.address)
-        await self.runner.setup()
-        self._site = web.SockSite(self.runner, sock, ssl_context=self.tls.context() if self.tls else None,
-                                  backlog=BACKLOG)
-        await self._site.start()
-        return address
-
-    async def stop_listening(self) -> None:
-        """No new connection; open ones go on."""
-        if self._site is not None:
-            await self._site.stop()
-            self._site = None
-
-    async def close(self) -> None:
-        """Ends every connection, after what it is answering or the shutdown time."""
-        await self.runner.cleanup()
 
 
 class RestTransport(Transport):
-    """One aiohttp server over the plane."""
+    """One aiohttp server over the plane, or over another ``site`` than its own."""
 
     name = "http"
     library = "aiohttp"
 
-    def __init__(self, address: str, plane: DataPlane, tls: Tls | None = None) -> None:
-        self._plane, self._site = plane, Site(plane)
+    def __init__(self, address: str, plane: DataPlane, tls: Tls | None = None, site: Site | None = None) -> None:
+        self._address, self._plane, self._tls, self._site = address, plane, tls, site or Site(plane)
         app = web.Application(client_max_size=plane.limits.max_message_bytes, middlewares=[self._around])
         app.router.add_route("*", "/{path:.*}", self._handle)  # the routes are the site's
-        self._http = HttpSite(address, app, tls=tls)
+        app.on_response_prepare.append(_name_us)
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S,
+                                     handler_cancellation=True, keepalive_timeout=KEEP_ALIVE_S)
+        self._listening: web.BaseSite | None = None
 
     async def start(self) -> str:
-        return await self._http.start()
+        sock, address = listen(self._address)
+        await self._runner.setup()
+        self._listening = web.SockSite(self._runner, sock, ssl_context=self._tls.context() if self._tls else None,
+                                       backlog=BACKLOG)
+        await self._listening.start()
+        return address
+
+    async def behind(self) -> Callable[[], asyncio.Protocol]:
+        """Instead of ``start``: does not listen, and makes a protocol for each connection that somebody else took."""
+        await self._runner.setup()
+        assert self._runner.server is not None
+        return self._runner.server
 
     async def loaded(self) -> None:
         """Readiness is asked of the plane itself."""
@@ -74,11 +57,13 @@ class RestTransport(Transport):
         """``Connection: close`` is asked of the plane itself, answer by answer."""
 
     async def stop(self, grace_s: float) -> None:
-        await self._http.stop_listening()
+        if self._listening is not None:
+            await self._listening.stop()
+            self._listening = None
         end = asyncio.get_running_loop().time() + grace_s
         while self._plane.metrics.in_flight and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110 - counted
             await asyncio.sleep(0.02)
-        await self._http.close()
+        await self._runner.cleanup()
 
     @web.middleware
     async def _around(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -97,6 +82,8 @@ class RestTransport(Transport):
 
     async def _reply(self, request: web.Request) -> Reply:
         found = self._site.find(request.method, request.rel_url.raw_path)
+        if found.work is not None:
+            return await found.work()
         if found.ask is None:
             return self._site.tell(found, request.headers, request.rel_url.raw_query_string)
         call = found.ask(found, request.headers, await self._body(request))
@@ -118,3 +105,8 @@ def respond(reply: Reply) -> web.Response:
     """A reply as aiohttp's response."""
     lines = (line.split(": ", 1) for line in reply.head.split("\r\n") if line)
     return web.Response(body=reply.body, status=reply.status, headers=dict(lines))
+
+
+async def _name_us(request: web.Request, response: web.StreamResponse) -> None:
+    """In the place of aiohttp's own name."""
+    response.headers["Server"] = SERVER

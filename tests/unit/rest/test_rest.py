@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -135,6 +136,20 @@ async def test_a_request_in_pieces(plane: DataPlane, carrier: str) -> None:
                         assert await other.is_open()
                 assert (await caller.answer()).body == body.replace(b" ", b"")
                 assert (await caller.answer()).body == b'{"live":true}'
+
+
+async def test_what_comes_while_the_other_server_opens(plane: DataPlane) -> None:
+    """It is opened for the first who needs it; others come meanwhile, and more of every request."""
+    async with carried(plane, "direct") as (_, address), contextlib.AsyncExitStack() as stack:
+        callers = [await stack.enter_async_context(calling(address)) for _ in range(4)]
+        whole = chunked(b"[1]") + LIVE
+        for caller, cut in zip(callers, (70, 75, 80, 85), strict=True):
+            caller.send(whole[:cut])
+        for caller, cut in zip(callers, (70, 75, 80, 85), strict=True):
+            await caller.writer.drain()
+            caller.send(whole[cut:])
+        for caller in callers:
+            assert (await caller.answer()).body == b"[1]" and (await caller.answer()).body == b'{"live":true}'
 
 
 @pytest.mark.parametrize("name", [name for name, (sent, _) in LAST.items() if sent.startswith((b"GET", b"POST"))])

@@ -4,6 +4,7 @@ together: both must be what the protobuf library makes of the same bytes and arr
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from modelyard.scoring.heads import AGAIN
 from modelyard.scoring.ids import DRAWN, new_id
 from modelyard.scoring.parts import Rows
 from modelyard.scoring.results import Outputs
+from modelyard.scoring.runners import RowRunner
 from modelyard.wire import inference_pb2 as pb
 from tests.unit.scoring.planes import grpc_call, open_plane
 
@@ -56,6 +58,37 @@ def test_a_request_that_begins_as_one_before_is_not_parsed() -> None:
     assert asked.head is not None and asked.outputs == ("predict",) and asked.tensors is not None
     assert asked.tensors[0].array.tolist() == (X + 1).tolist() and asked.tensors[0].array.flags.aligned
     assert opened(codec, request(X.T.copy(), outputs=("predict",))).head is None, "another shape"
+
+
+class Seen(RowRunner):
+    """Gives back its input, and keeps whether it was aligned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aligned: list[bool] = []
+
+    def arrays(self, asked: Asked) -> tuple[dict[str, Any], tuple[str, ...]]:
+        assert asked.tensors is not None
+        return {"x": asked.tensors[0].array}, ("y",)
+
+    def predict(self, arrays: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+        self.aligned.append(arrays["x"].flags.aligned)
+        return Outputs({"y": arrays["x"] * 2})
+
+
+def test_what_lies_in_the_request_is_aligned_before_a_model_sees_it() -> None:
+    codec, runner = GrpcCodec(), Seen()
+    opened(codec, request())
+    runner.prepare(opened(codec, request()))
+    parts = []
+    for n in range(3):
+        part = runner.known(codec.open(Call("grpc", "ModelInfer", request(X + n), PROTO, codec)))
+        assert part is not None and not part.inputs[0]["x"].flags.aligned, "there is something to align"
+        assert runner.one(part)["y"].tolist() == (2 * (X + n)).tolist()
+        parts.append(part)
+    together = [rows["y"].tolist() for rows in runner.many(parts)]
+    assert together == [(2 * (X + n)).tolist() for n in range(3)]
+    assert len(runner.aligned) > 4 and all(runner.aligned)
 
 
 def test_what_has_no_head_is_parsed_each_time() -> None:

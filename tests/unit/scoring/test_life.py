@@ -250,13 +250,32 @@ def test_drain_by_the_admin_socket(tmp_path: Path) -> None:
         assert status == 0 and took < 3, "drained before: nothing to wait for"
 
 
+def test_aiohttp_is_imported_for_whoever_needs_it(tmp_path: Path) -> None:
+    """On the caller's address as on the admin's: what is chunked is answered, but only then is aiohttp there."""
+    with launch(make_root(tmp_path, ECHO)) as replica:
+        maps = Path(f"/proc/{replica.process.pid}/maps")
+        assert replica.get("/metrics")[0] == 200 and replica.get("/v2", replica.http)[0] == 200
+        assert replica.get("/nowhere")[0] == 404 and replica.get("/drain")[0] == 405
+        assert "/aiohttp/" not in maps.read_text()
+        for address, path, status in ((replica.http, "/score", 200), (replica.admin, "/spread", 202)):
+            connection = HTTPConnection(address, timeout=20)
+            connection.request("POST", path, iter([b'{"a":', b" 1}"]), encode_chunked=True,
+                               headers={"Transfer-Encoding": "chunked"})
+            with connection.getresponse() as answer:
+                assert answer.status == status
+                assert status == 202 or answer.read() == b'{"a":1}'
+            connection.close()
+        assert "/aiohttp/" in maps.read_text()
+
+
 def test_what_it_may_import() -> None:
     """An image holds neither the control plane nor its libraries; the start needs the standard library only."""
     bare = "import sys; sys.path.insert(0, sys.argv[1]); import modelyard.scoring.{}, modelyard.core.errors"
     for module in ("settings", "image", "context", "launch"):
         subprocess.run([*command(SERVICES)[:3], "-c", bare.format(module), str(SERVICES)], check=True, timeout=30)
     heavy = ("import sys, modelyard.scoring.serve, modelyard.scoring.runner_score, modelyard.capture\n"
-             "bad = {'pydantic', 'pyarrow', 'numpy', 'pandas', 'sklearn', 'modelyard.kernel', 'modelyard.client',\n"
-             "       'modelyard.telemetry', 'modelyard.settings', 'modelyard.core.specs'} & set(sys.modules)\n"
+             "bad = {'aiohttp', 'pydantic', 'pyarrow', 'numpy', 'pandas', 'sklearn', 'modelyard.kernel',\n"
+             "       'modelyard.client', 'modelyard.telemetry', 'modelyard.settings',\n"
+             "       'modelyard.core.specs'} & set(sys.modules)\n"
              "assert not bad, bad")
     subprocess.run([sys.executable, "-c", heavy], check=True, timeout=60)
