@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from tests.benchmarks.peers import load, processes
 from tests.benchmarks.peers.bench import Bench, Run, ratio, show
+from tests.benchmarks.peers.clients import sdk, stream
 from tests.benchmarks.peers.install import NAMES
 from tests.benchmarks.peers.load import CHANNEL, EIGHT, MANY, ONE, Figures, Shape
 from tests.benchmarks.peers.models import of_size
@@ -170,5 +171,5 @@ def _title(row: Callable[[Bench], None]) -> str:
 
 
 ROWS: dict[str, Callable[[Bench], None]] = {
-    row.__name__: row for row in (lr, one, rest, rf, mlp, echo, capture, cold, cores, tensors)}
+    row.__name__: row for row in (lr, one, rest, rf, mlp, echo, capture, cold, cores, tensors, stream, sdk)}
 """In an order in which servers are used again."""
