@@ -9,6 +9,7 @@ import numpy as np
 
 from modelyard.wire import inference_pb2 as pb
 from tests.benchmarks import bench_client, bench_scoring
+from tests.benchmarks.peers import processes
 from tests.benchmarks.peers.bench import Bench
 from tests.benchmarks.peers.models import of_size
 from tests.benchmarks.peers.wires import Wrong
@@ -25,18 +26,21 @@ def stream(b: Bench) -> None:
             raise Wrong(f"a stream answers {told.error_message or raw!r}")
 
     servers = b.ours(model, " stream")
-    rates: dict[str, list[float]] = {server.label: [] for server in servers}
+    rates: dict[str, list[tuple[float, float]]] = {server.label: [] for server in servers}
     for n in range(b.rounds + 1):  # the first is to get warm
         for server in servers:
             wire = server.wires["grpc"]
+            used = processes.cpu_s(server.pids)
             rate = bench_scoring.stream(wire.address, wire.body[5:], b.seconds, check)
             if n:
-                rates[server.label].append(rate)
-    found = {label: statistics.median(seen) for label, seen in rates.items()}
-    print(f"\n### {(stream.__doc__ or '').strip()}\n\n| server | messages/s |\n|---|---:|")
-    for label, rate in found.items():
-        print(f"| {label} | {rate:,.0f} |", flush=True)
-    h2, grpc = found.get("modelyard h2"), found.get("modelyard grpc")
+                rates[server.label].append((rate, (processes.cpu_s(server.pids) - used) / rate / b.seconds * 1e6))
+    medians = {label: [statistics.median(column) for column in zip(*seen, strict=True)]
+               for label, seen in rates.items()}
+    print(f"\n### {(stream.__doc__ or '').strip()}\n\n| server | messages/s | CPU us a message |\n"
+          "|---|---:|---:|")
+    for label, (rate, cpu) in medians.items():
+        print(f"| {label} | {rate:,.0f} | {cpu:.0f} |", flush=True)
+    h2, grpc = (medians.get(f"modelyard {t}", [0.0])[0] for t in ("h2", "grpc"))
     b.goal("messages/s, one stream, 64 in flight ÷ grpcio's", "≥ 5", [
         h2 / grpc if t == "h2" and h2 and grpc else None for t in b.transports])
 
