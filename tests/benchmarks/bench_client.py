@@ -95,10 +95,28 @@ WAYS: dict[str, Callable[[str], int]] = {
 }
 
 
-def measure(address: str) -> dict[str, list[tuple[float, float]]]:
+def verify(address: str) -> None:
+    """Every row of iris, in each way of ``infer_many``: the answers are the model's own, and in order."""
+    right = LogisticRegression(max_iter=200).fit(DATA, LABELS).predict(np.vstack(ROWS)).tolist()
+    rows = [{"x": row} for row in ROWS]
+
+    async def behind(**terms: Any) -> list[Any]:
+        async with AsyncScoringClient(address, model="iris") as client:
+            return [result async for result in client.infer_many(rows, **terms)]
+
+    for terms in ({}, {"join_rows": 32}):
+        with ScoringClient(address, model="iris") as client:
+            found = list(client.infer_many(rows, **terms))
+        for results in (found, asyncio.run(behind(**terms))):
+            got = [np.ravel(next(iter(result.values()))).item() for result in results]
+            assert got == right, f"infer_many({terms}) gives {got[:5]} …, right is {right[:5]} …"
+
+
+def measure(address: str, rounds: int = ROUNDS) -> dict[str, list[tuple[float, float]]]:
     """Way → (items per second, CPU seconds per item) of each round; the first round warms up."""
+    verify(address)
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for name, way in WAYS.items():
             cpu, began = time.process_time(), time.perf_counter()
             count = way(address)
@@ -106,6 +124,11 @@ def measure(address: str) -> dict[str, list[tuple[float, float]]]:
             if number:
                 seen[name].append((count / took, (time.process_time() - cpu) / count))
     return seen
+
+
+def against_plain(seen: dict[str, list[tuple[float, float]]], name: str) -> list[float]:
+    """A way's rate over the plain loop's of the same round, sorted."""
+    return sorted(mine[0] / base[0] for mine, base in zip(seen[name], seen[PLAIN], strict=True))
 
 
 def main() -> None:
@@ -119,7 +142,7 @@ def main() -> None:
             pin(replica.process.pid, 0)
             seen = measure(replica.grpc)
         for name, rounds in seen.items():
-            ratios = sorted(mine[0] / base[0] for mine, base in zip(rounds, seen[PLAIN], strict=True))
+            ratios = against_plain(seen, name)
             rate, cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
             print(f"{transport:5} {name:32} {rate:8,.0f} items/s {cpu * 1e6:5.0f} us CPU  "
                   f"{statistics.median(ratios):5.1f} x the {PLAIN} ({ratios[0]:.1f} to {ratios[-1]:.1f})", flush=True)

@@ -135,13 +135,14 @@ def unary(address: str, in_flight: int, body: Path) -> float:
     return int(done[1]) / int(SECONDS)
 
 
-def stream(address: str) -> float:
-    """Messages per second on one stream, a bunch of them in flight."""
-    bunch = framed(BODY) * BUNCH
+def stream(address: str, asked: bytes = BODY, seconds: float = SECONDS, check: Any = lambda message: None) -> float:
+    """Messages per second on one stream, a bunch of them in flight. ``check`` gets the last answer of each bunch."""
+    bunch = framed(asked) * BUNCH
     with RawClient(address) as client:
         number = client.call(STREAM)
-        heard, made, end = client.heard[number], 0, time.perf_counter() + SECONDS
-        while time.perf_counter() < end:
+        heard, made = client.heard[number], 0
+        began = time.perf_counter()
+        while (took := time.perf_counter() - began) < seconds:
             assert client.send(number, bunch) == len(bunch)
             answered, at = 0, 0
             while answered < BUNCH:
@@ -149,10 +150,12 @@ def stream(address: str) -> float:
                 assert not heard.ended and not client.closed, heard
                 while len(heard.body) >= at + 5 and \
                         len(heard.body) >= (next_ := at + 5 + int.from_bytes(heard.body[at + 1:at + 5], "big")):
-                    at, answered = next_, answered + 1
+                    last, at, answered = at, next_, answered + 1
+            assert at == len(heard.body), "more answers than questions"
+            check(bytes(heard.body[last + 5:]))
             heard.body.clear()
             made += BUNCH
-    return made / SECONDS
+    return made / took
 
 
 def compare(name: str, servers: dict[str, tuple[int, str]], body: Path) -> None:

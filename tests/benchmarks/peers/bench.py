@@ -150,6 +150,13 @@ def ratio(a: Figures | None, b: Figures | None, of: str = "rate") -> float | Non
     return float(getattr(a, of) / getattr(b, of))
 
 
+def verdict(aim: str, value: str) -> str:
+    """Whether a value as the table shows it meets the aim (``≥ 3``, ``≤ 0.7``), or by how much not."""
+    sign, _, bound = aim.partition(" ")
+    short = float(bound) - float(value) if sign == "≥" else float(value) - float(bound)
+    return "goal met" if short <= 0 else f"missed by {short:.2f}"
+
+
 RATIOS = {"rate": "calls/s", "p50_ms": "p50", "p99_ms": "p99", "cpu_us": "CPU"}
 
 

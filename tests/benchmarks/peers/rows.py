@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from tests.benchmarks.peers import load, processes
 from tests.benchmarks.peers.bench import Bench, Run, ratio, show
+from tests.benchmarks.peers.clients import sdk, stream
 from tests.benchmarks.peers.install import NAMES
 from tests.benchmarks.peers.load import CHANNEL, EIGHT, MANY, ONE, Figures, Shape
 from tests.benchmarks.peers.models import of_size
@@ -20,6 +21,10 @@ def lr(b: Bench) -> None:
     seen = _compare(b, lr, "lr", MANY)
     for peer, least in (("kserve", 10), ("mlserver", 10), ("mlflow", 15), ("bentoml", 20)):
         _goal(b, f"calls/s, LogisticRegression, 64 in flight ÷ {peer}", f"≥ {least}", seen, peer)
+    if "grpc" in b.transports:
+        theirs = next((figures for label, figures in seen.items() if label.startswith("kserve")), None)
+        b.goal("calls/s of the grpcio path, LogisticRegression ÷ kserve", "≥ 1.4", [
+            ratio(seen.get("modelyard grpc"), theirs) if t == "grpc" else None for t in b.transports])
     peers = [figures for label, figures in seen.items() if not label.startswith("modelyard")]
     best = min(peers, key=lambda figures: figures.p99_ms, default=None)
     b.goal("p99, LogisticRegression, 64 in flight ÷ the best peer's", "≤ 0.35",
@@ -166,5 +171,5 @@ def _title(row: Callable[[Bench], None]) -> str:
 
 
 ROWS: dict[str, Callable[[Bench], None]] = {
-    row.__name__: row for row in (lr, one, rest, rf, mlp, echo, capture, cold, cores, tensors)}
+    row.__name__: row for row in (lr, one, rest, rf, mlp, echo, capture, cold, cores, tensors, stream, sdk)}
 """In an order in which servers are used again."""

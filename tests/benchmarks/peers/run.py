@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from tests.benchmarks.peers import install, processes
-from tests.benchmarks.peers.bench import TRANSPORTS, Bench
+from tests.benchmarks.peers.bench import TRANSPORTS, Bench, verdict
 from tests.benchmarks.peers.install import NotHere
 from tests.benchmarks.peers.rows import ROWS
 
@@ -64,11 +64,13 @@ def _install(bench: Bench) -> None:
 
 
 def _summary(bench: Bench) -> None:
-    print("\n### Goals\n\n| what | goal | " + " | ".join(bench.transports) + " |")
-    print("|---|---|" + "---:|" * len(bench.transports))
+    print("\n### Goals\n\n| what | goal | " + " | ".join(bench.transports) + " | |")
+    print("|---|---|" + "---:|" * len(bench.transports) + "---|")
     for what, aim, values in bench.goals:
         cells = [*values, *[""] * (len(bench.transports) - len(values))]
-        print(f"| {what} | {aim} | {' | '.join(cells)} |")
+        said = "; ".join(f"{t}: {verdict(aim, value)}" for t, value in zip(bench.transports, values, strict=False)
+                         if value != "–")
+        print(f"| {what} | {aim} | {' | '.join(cells)} | {said or 'not measured'} |")
     for name, why in bench.left_out.items():
         print(f"\n{name} was left out: {why}")
 
