@@ -116,7 +116,8 @@ class Bench:
         """One run between two answers that a real client looks at. Raises Wrong, OSError."""
         wire = run.server.wires[run.wire]
         reply = wire.check()
-        figures = load.run(wire, run.shape, seconds, run.server.pids, self.folder, reply, run.cores)
+        wires = run.server.replicas or [wire]
+        figures = load.run(wires, run.shape, seconds, run.server.pids, self.folder, reply, run.cores)
         wire.check()
         return figures
 

@@ -47,21 +47,29 @@ class Figures:
         return cls(*(statistics.median(getattr(run, f.name) for run in runs) for f in fields(cls)))
 
 
-def run(wire: Wire, shape: Shape, seconds: float, pids: Sequence[int], folder: Path, reply: int,
+def run(wires: Sequence[Wire], shape: Shape, seconds: float, pids: Sequence[int], folder: Path, reply: int,
         cores: str = processes.CLIENT) -> Figures:
-    """Calls for so long. ``reply`` is a right answer's length. Raises Wrong when not all were answered so."""
-    body, log = folder / "request", folder / "calls"
-    body.write_bytes(wire.body)
-    log.unlink(missing_ok=True)
+    """Calls for so long, the connections shared out over the addresses. ``reply`` is a right answer's length. Raises
+    Wrong when not all were answered so."""
+    body, logs = folder / "request", [folder / f"calls.{n}" for n in range(len(wires))]
+    body.write_bytes(wires[0].body)
+    for log in logs:
+        log.unlink(missing_ok=True)
+    share = Shape(max(1, shape.connections // len(wires)), shape.streams)
     before, machine, own = processes.cpu_s(pids), processes.machine_s(), _children_s()
-    said = subprocess.run(["taskset", "-c", cores, *_command(wire, shape, seconds, body, log)], capture_output=True,
-                          text=True, timeout=seconds + 30, check=False)
+    clients = [subprocess.Popen(["taskset", "-c", cores, *_command(wire, share, seconds, body, log)], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for wire, log in zip(wires, logs, strict=True)]
+    said = [client.communicate(timeout=seconds + 30) for client in clients]
     used = processes.cpu_s(pids) - before
     others = processes.machine_s() - machine - used - (_children_s() - own)
-    if said.returncode or "finished in" not in said.stdout:
-        raise Wrong(f"h2load: {(said.stderr or said.stdout).strip()[-160:]}")
-    calls, rate = _read(said.stdout, reply, shape)
-    took = sorted(int(line.rsplit("\t", 1)[1]) for line in log.read_text().splitlines())
+    calls, rate = 0, 0.0
+    for client, (out, err) in zip(clients, said, strict=True):
+        if client.returncode or "finished in" not in out:
+            raise Wrong(f"h2load: {(err or out).strip()[-160:]}")
+        done, each = _read(out, reply, share)
+        calls, rate = calls + done, rate + each
+    took = sorted(int(line.rsplit("\t", 1)[1]) for log in logs for line in log.read_text().splitlines())
     return Figures(rate, took[len(took) // 2] / 1e3, took[len(took) * 99 // 100] / 1e3, used / calls * 1e6,
                    max(0.0, others) / seconds)
 

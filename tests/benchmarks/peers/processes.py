@@ -17,12 +17,11 @@ BUSY = (0, 1, 2)
 """user, nice and system of /proc/stat; interrupts are nobody's."""
 
 
-def start(command: Sequence[str], env: Mapping[str, str], log: Path, cores: str = SERVER,
-          fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str], env: Mapping[str, str], log: Path, cores: str = SERVER) -> subprocess.Popen[bytes]:
     """A process on these cores, which writes to ``log``."""
     with log.open("ab") as out:
         return subprocess.Popen(["taskset", "-c", cores, *command], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                cwd=log.parent, env=dict(env), pass_fds=fds)
+                                cwd=log.parent, env=dict(env))
 
 
 def tree(root: int) -> list[int]:

@@ -33,7 +33,8 @@ QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEM
 
 @dataclass
 class Server:
-    """``started``: the processes; ``wires``: how it may be asked. ``admin`` and ``spool``: ours only."""
+    """``started``: the processes; ``wires``: how it may be asked. ``admin``, ``spool`` and ``replicas``, how each of
+    several is asked: ours only."""
 
     label: str
     started: list[subprocess.Popen[bytes]]
@@ -42,6 +43,7 @@ class Server:
     began: float = field(default_factory=time.monotonic)
     admin: str = ""
     spool: Path | None = None
+    replicas: list[Wire] = field(default_factory=list)
     first_s: float = 0.0
     """From the start to the first right answer."""
 
@@ -50,8 +52,11 @@ class Server:
         return [pid for process in self.started for pid in processes.tree(process.pid)]
 
     def wait(self, seconds: float = START_S) -> None:
-        """Until the first right answer. Raises NotHere."""
-        wire = self.wires.get("grpc") or self.wires["rest"]
+        """Until the first right answer, of each replica. Raises NotHere."""
+        for wire in self.replicas or [self.wires.get("grpc") or self.wires["rest"]]:
+            self._wait(wire, seconds)
+
+    def _wait(self, wire: Wire, seconds: float) -> None:
         host, _, port = wire.address.rpartition(":")
         last = "it does not listen"
         while time.monotonic() < self.began + seconds:
@@ -92,31 +97,26 @@ class Server:
 
 def ours(model: Model, folder: Path, transport: str, *, capture: bool = False, replicas: int = 1,
          cores: str = processes.SERVER) -> Server:
-    """Our scoring server as the local target starts it; several replicas on one inherited socket. Raises NotHere."""
+    """Our scoring server as the local target starts it; several replicas with an address each. Raises NotHere."""
     root = make_root(folder, None, [{"name": model.name, "version": 1, "file": model.file, "trusted": True,
                                      "framework": model.framework}])
     packages, here = install.scoring().parent.parent / "lib", next((folder / "opt" / "env").rglob("here.pth"))
     here.write_text(f"{next(packages.glob('*/site-packages'))}\n")
-    started, fds, address = [], [], ""
+    started, addresses = [], []
     admin = http = ""
-    if replicas > 1:
-        shared = socket.create_server(("127.0.0.1", 0), backlog=4096)
-        os.set_inheritable(shared.fileno(), True)
-        fds, address = [shared.fileno()], f"127.0.0.1:{shared.getsockname()[1]}"
     spool = folder / "spool" if capture else None
     for n in range(replicas):
         grpc, http, admin = (f"127.0.0.1:{port}" for port in free_ports(3))
-        address = address or grpc
-        told = ["serve", "--grpc", f"fd://{fds[0]}" if fds else grpc, "--http", http, "--admin", admin,
+        addresses.append(grpc)
+        told = ["serve", "--grpc", grpc, "--http", http, "--admin", admin,
                 "--transport", transport, *(["--spool", str(spool)] if spool else [])]
         env = {**_env(), "MODELYARD_DEPLOYMENT": "flower", "MODELYARD_IMAGE": "iris-scorer:7",
                "MODELYARD_REPLICA": str(n), "MODELYARD_CAPTURE": json.dumps({"enabled": capture}),
                "MODELYARD_SPOOL_BYTES": str(SPOOL_BYTES)}
-        started.append(processes.start([*command(root), *told], env, folder / "log", cores, fds))
-    if fds:
-        shared.close()
-    wires = {"grpc": over_grpc(address, model), "rest": over_rest(http, model)}
-    return Server(f"modelyard {transport}", started, wires, folder / "log", admin=admin, spool=spool)
+        started.append(processes.start([*command(root), *told], env, folder / "log", cores))
+    each = [over_grpc(address, model) for address in addresses]
+    return Server(f"modelyard {transport}", started, {"grpc": each[0], "rest": over_rest(http, model)}, folder / "log",
+                  admin=admin, spool=spool, replicas=each if replicas > 1 else [])
 
 
 def echo(model: Model, folder: Path, transport: str) -> Server:
