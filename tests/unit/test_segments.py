@@ -1,6 +1,8 @@
 """The segment format: what is damaged is counted and passed over, what is torn is cut, nothing else is lost."""
 
 import random
+import subprocess
+import sys
 from zlib import crc32
 
 import pytest
@@ -122,6 +124,16 @@ def test_header_checksum_covers_the_lengths() -> None:
     raw, offsets = segment(2)
     head = raw[offsets[1]:offsets[1] + HEADER]
     assert crc32(head[:-4]) == int.from_bytes(head[-4:], "little")
+
+
+def test_a_reader_without_zlib_ng_takes_the_same_checksums() -> None:
+    raw, offsets = segment(20, size=3000)
+    told = ("import sys; sys.modules['zlib_ng'] = None\n"
+            "from modelyard.core import segments; import zlib; assert segments.crc32 is zlib.crc32\n"
+            "reader = segments.Reader(sys.stdin.buffer.read())\n"
+            "print(len(list(reader)), reader.errors, reader.torn)")
+    done = subprocess.run([sys.executable, "-c", told], input=raw, capture_output=True, timeout=60)
+    assert done.stdout.split() == [b"%d" % len(offsets), b"0", b"0"], done.stderr.decode()
 
 
 def test_buckets_meet_without_holes() -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
-from zlib import crc32
 
-from ..core.segments import COLLECT, FORMAT, HEAD, RECORD, WORDS_LIMIT, pack_json, pack_words
+from ..core.segments import COLLECT, FORMAT, HEAD, RECORD, WORDS_LIMIT, crc32, pack_json, pack_words
 from .tally import Finished
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from tests.backends import required
 
 SERVER = {"aiohttp": "3.12.0", "grpcio": "1.80.0", "grpcio-health-checking": "1.80.0", "grpcio-reflection": "1.80.0",
           "h2corn": "2.0.0", "numpy": "2.0.0", "orjson": "3.10.0", "prometheus-client": "0.21.0", "protobuf": "7.0.0",
-          "uvloop": "0.21.0"}
+          "uvloop": "0.21.0", "zlib-ng": "1.0.0"}
 """What every image's scoring server asks for."""
 BACKEND = """
 import os, zipfile
