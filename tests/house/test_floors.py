@@ -30,6 +30,7 @@ DRIVERS = {
     "pydantic": ["core/*", "kernel/*", "client/*", "settings.py", "adapters/store_*", "registry/*", "image_builder/*",
                  "deployer/*", "telemetry/*", "cli/*", "node.py"],
     "cryptography": ["core/attest.py", "image_builder/keys.py"],
+    "deflate": ["image_builder/tarring.py"],
     "typer": ["cli/*"],
     "rich": ["cli/*", "client/*"],
 }
