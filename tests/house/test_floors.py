@@ -31,6 +31,7 @@ DRIVERS = {
                  "deployer/*", "telemetry/*", "cli/*", "node.py"],
     "cryptography": ["core/attest.py", "image_builder/keys.py"],
     "zlib_ng": ["core/segments.py"],
+    "deflate": ["image_builder/tarring.py"],
     "typer": ["cli/*"],
     "rich": ["cli/*", "client/*"],
 }

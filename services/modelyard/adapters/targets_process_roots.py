@@ -268,5 +268,8 @@ def _described(root: Path, repo: str, config: dict[str, Any]) -> Root:
     if image.get("python", own) != own:
         raise Invalid(f"the image {repo} is for Python {image['python']}, which its base has; the local target runs it "
                       f"on its own, {own}: deploy it to a container target, or build it with python {own}")
+    if not (root / f"opt/env/lib/python{own}/site-packages").is_dir():
+        raise Invalid(f"the image {repo} has no packages, as its lock is empty, and the local target has none for it: "
+                      "build it without a lock, or with one that has what the scoring server needs")
     return Root(root, env, bool(image.get("score")), tuple(m["name"] for m in image.get("models", ())))
 

@@ -213,6 +213,8 @@ class Build:
     async def environment(self, lock: Lock) -> Lock:
         """The layers of the locked packages, from an earlier build or made now; the lock as it is to be kept."""
         if not lock.pins:
+            self.log.note("warning: the lock is empty, so the image has no packages, and nothing in it can serve"
+                          + ("" if self.base is None else " but what its base brings along"))
             return lock
         known = Environments(self.ctx, self.doc, self.log, self.memo, self.cache, self.sdists)
         layers, self.packages, whole = await known.of(lock, self.scratch.folder)
@@ -277,16 +279,14 @@ class Build:
         body = manifest(config, self.layers, self.base)
         digest = digest_of(body)
 
-        async def put() -> None:
-            await images.put_blob(doc.repo, digest_of(config), store.Chunks(config))
-            try:
-                await images.put_manifest(doc.repo, doc.tag, body, MANIFEST)
-            except Invalid as exc:
-                raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
-
         holds = Contents(self.packages, parts.code_layer().layer, lock_digest, self.base,
                          {id: graph.digest for id, graph in self.graphs.items()})
-        await store.together([put(), self.say(digest, holds)])
+        await store.together([images.put_blob(doc.repo, digest_of(config), store.Chunks(config)),
+                              self.say(digest, holds)])
+        try:  # last: a tag is there only of what is whole, and told of
+            await images.put_manifest(doc.repo, doc.tag, body, MANIFEST)
+        except Invalid as exc:
+            raise Unavailable(f"the image is not whole: {exc.message}; building it again") from exc
         size = sum(layer.size for layer in self.layers) + len(config) + len(body)
         return Result(digest, size, lock_digest, doc.python_version, self.signatures,
                       dict.fromkeys(self.graphs, "onnx"))

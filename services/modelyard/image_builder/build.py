@@ -18,10 +18,11 @@ from ..core.layout import image_key, image_prefix
 from ..kernel.service import Change, Context, Loop
 from . import referrers, sources
 from .assemble import Build, Result, Scratch
-from .log import BuildLog, log_file
+from .log import BuildLog, cleared, log_file
 from .model import Image, building, built, failed, left_s, removed, waiting, waits_for
 
 LOOK_S = 0.5
+UNTAG_S = 5.0
 FAULTS = 4
 ABANDONED_S = 2 * 24 * 3600.0
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -106,6 +107,7 @@ def _too_long(doc: Image, why: str) -> str:
 async def _over(ctx: Context, doc: Image, log: BuildLog, outcome: Result | str) -> Change[Image]:
     if isinstance(outcome, str):
         log.note(f"failed: {outcome}")
+        await _untagged(ctx, doc)
     await log.keep(ctx, doc)
     now = ctx.now()
     if isinstance(outcome, str):
@@ -113,6 +115,14 @@ async def _over(ctx: Context, doc: Image, log: BuildLog, outcome: Result | str) 
     return lambda newest: built(newest, now, digest=outcome.digest, size=outcome.size,
                                 lock_digest=outcome.lock_digest, python=outcome.python,
                                 signatures=outcome.signatures, served_as=outcome.served_as)
+
+
+async def _untagged(ctx: Context, doc: Image) -> None:
+    """A build that fails may have put its tag before, or the one that died before it did: nobody finds an image there
+    that we say is none. What is in the way is no reason to fail later: deleting the image takes the tag away too."""
+    with suppress(ModelyardError, TimeoutError):
+        async with asyncio.timeout(UNTAG_S):
+            await ctx.images.remove(doc.repo, doc.tag)
 
 
 async def _unless_deleted(ctx: Context, doc: Image, work: Coroutine[Any, Any, Change[Image]]) -> Change[Image]:
@@ -152,7 +162,7 @@ async def take_apart(ctx: Context, doc: Image) -> None:
 
 
 def _forget(ctx: Context, doc: Image) -> None:
-    log_file(ctx, doc).unlink(missing_ok=True)
+    cleared(log_file(ctx, doc))
     _swept(ctx, doc)
 
 

@@ -103,7 +103,11 @@ async def _plain(ctx: Context, doc: Image, layer: dict[str, object]) -> AsyncIte
         return
     inflate = zlib.decompressobj(31)
     async for chunk in source:
-        yield inflate.decompress(chunk)
+        while chunk:
+            if inflate.eof:  # a layer may be several gzip members
+                inflate = zlib.decompressobj(31)
+            yield inflate.decompress(chunk)
+            chunk = inflate.unused_data
 
 
 async def _open_end(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

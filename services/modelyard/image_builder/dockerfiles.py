@@ -11,7 +11,6 @@ import asyncio
 import gzip
 import json
 import tarfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from .model import Image
 from .parts import Made, made
 from .pull import Folder, found_out, looked, remembered, stands_on
 from .sources import Source
-from .tarring import CHUNK, GZIP_LEVEL, Layer, opened
+from .tarring import CHUNK, PACKER, Layer, opened
 
 FORMAT = 1
 GZIP = b"\x1f\x8b"
@@ -119,7 +118,7 @@ class Dockerfiles:
 
     async def _layer(self, archive: Path, name: str, diff_id: str, number: int) -> tuple[Layer, Files]:
         """One layer, gzipped as ours are; of an earlier build where it was in one."""
-        noted = key("dockerfile-layer", FORMAT, diff_id, GZIP_LEVEL, zlib.ZLIB_RUNTIME_VERSION)
+        noted = key("dockerfile-layer", FORMAT, diff_id, *PACKER)
         known = await self.memo.get(noted)
         if known:
             (layer,) = store.unpack(known["layers"])

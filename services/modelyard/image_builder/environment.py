@@ -10,8 +10,7 @@ import asyncio
 import csv
 import os
 import shutil
-import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,11 @@ from .log import BuildLog
 from .memo import Memo, key
 from .model import Image
 from .sdists import Sdists
-from .tarring import GZIP_LEVEL, Entry, Layer, tar
+from .suites import unused
+from .tarring import PACKER, Entry, Layer, tar
 from .wheels import LARGE, Distribution, clashing, distributions, grouped, taken_from
 
-FORMAT = 4
+FORMAT = 5
 BLOBS = "blobs-v1"
 _BUSY: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -57,8 +57,7 @@ class Environments:
                  ) -> tuple[list[Layer], list[dict[str, str]], Lock]:
         """Layers in the store, the packages in them, and the lock with the hashes of what was built from source.
         ``folder`` makes one for temporary files."""
-        name = key("env", FORMAT, lock.digest, self.doc.python_version, self.doc.platform, LARGE, GZIP_LEVEL,
-                   zlib.ZLIB_RUNTIME_VERSION)
+        name = key("env", FORMAT, lock.digest, self.doc.python_version, self.doc.platform, LARGE, *PACKER)
         async with _BUSY.setdefault(name, asyncio.Lock()):
             found = await self.memo.get(name)
             if found is not None and await store.there(self.ctx, self.doc, store.unpack(found["layers"])):
@@ -123,10 +122,14 @@ class Environments:
         whole = self.sdists.locked(lock, given=True)
         assert isinstance(root, Path) and isinstance(wheels, dict)
         try:
-            found = await asyncio.to_thread(distributions, root, self.doc.python_version)
+            left = await asyncio.to_thread(unused, root)
+            found = await asyncio.to_thread(distributions, root, self.doc.python_version, left)
         except (KeyError, ValueError, csv.Error, FileNotFoundError) as exc:
             raise BuildFailed(f"a package is not installed as wheels are: {exc}") from exc
-        found = await self.apart(found, whole, folder, links)
+        if left:
+            tops = ", ".join(sorted({folder.partition("/")[0] for folder in left}))
+            self.log.note(f"left out: the test suites inside of {tops}, which nothing here imports")
+        found = await self.apart(found, left, whole, folder, links)
         squeezed, sent, groups = asyncio.Semaphore(2), asyncio.Semaphore(store.UPLOADS), grouped(found)
 
         async def one(number: int, title: str, entries: list[Entry]) -> Layer:
@@ -145,7 +148,7 @@ class Environments:
         return {"layers": store.pack(layers), "packages": packages, **({"lock": whole.text} if whole != lock else {})}
 
     async def apart(
-        self, found: list[Distribution], lock: Lock, folder: Path, links: Path | None,
+        self, found: list[Distribution], left: Set[str], lock: Lock, folder: Path, links: Path | None,
     ) -> list[Distribution]:
         """Distributions with files of the same name are installed once more, each alone: an image has the same files
         every time, and of two the one whose layer, or name, comes last."""
@@ -155,7 +158,7 @@ class Environments:
             await asyncio.to_thread(alone.mkdir)
             own = Lock(tuple(pin for pin in lock.pins if pin.name == canonicalize_name(one.name)))
             again[one.name] = await uv.install(own, self.doc.python_version, self.doc.platform, alone, self.log, links)
-        return await asyncio.to_thread(taken_from, found, again, self.doc.python_version) if again else found
+        return await asyncio.to_thread(taken_from, found, again, self.doc.python_version, left) if again else found
 
     def keep(self, layer: Layer, out: Path) -> None:
         """A layer's file goes to the cache. Blocking."""

@@ -49,9 +49,8 @@ class BuildLog:
 
     def note(self, text: str) -> None:
         """As ``line``, written with the next one."""
-        stamp = self._now().strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z "
         clean = CREDENTIALS.sub("***@", CONTROL.sub("", text))
-        self._waiting += [stamp + part + "\n" for part in clean.splitlines() or [""]]
+        self._waiting += [_stamped(self._now(), part) for part in clean.splitlines() or [""]]
 
     async def flush(self) -> None:
         """Writes what is noted; where the disk is full, with the next line: no build fails by its log."""
@@ -64,8 +63,7 @@ class BuildLog:
         data = text.encode()
         with self._turn:
             try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                fd = os.open(self._path, APPEND, 0o644)
+                fd = _opened(self._path, APPEND)
             except OSError:
                 return False
             try:
@@ -122,7 +120,19 @@ class BuildLog:
 
     async def forget(self) -> None:
         """Takes the file away; fine when there is none."""
-        await asyncio.to_thread(self._path.unlink, missing_ok=True)
+        await asyncio.to_thread(cleared, self._path)
+
+
+def cleared(path: Path) -> None:
+    """Takes a log's file away, and the folders above it that are then empty. Blocking."""
+    path.unlink(missing_ok=True)
+    with suppress(OSError):  # another log is there, or another took it away
+        path.parent.rmdir()
+        path.parents[1].rmdir()
+
+
+def _stamped(when: datetime, text: str) -> str:
+    return f"{when.strftime('%Y-%m-%dT%H:%M:%S.%f')[:-3]}Z {text}\n"
 
 
 async def _once(data: bytes) -> AsyncIterator[bytes]:
@@ -131,8 +141,16 @@ async def _once(data: bytes) -> AsyncIterator[bytes]:
 
 def _begin_with(path: Path, told: bytes) -> None:
     if not _whole(path).startswith(told):  # another process went on with it since
+        with os.fdopen(_opened(path, APPEND | os.O_TRUNC), "wb") as file:
+            file.write(told)
+
+
+def _opened(path: Path, flags: int) -> int:
+    """The file, in folders that somebody else's ``cleared`` may be taking away. Raises OSError."""
+    while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(told)
+        with suppress(FileNotFoundError):
+            return os.open(path, flags, 0o644)
 
 
 def _whole(path: Path) -> bytes:
@@ -167,12 +185,15 @@ async def read_log(ctx: Context, doc: Image, *, follow: bool,
             break
         await asyncio.sleep(POLL_S if here else SHOW_S)  # another process writes: there is nothing to be woken by
         newest = await fresh()
-        if newest is None:
+        if newest is None:  # deleted, and all of it gone since the last look
+            yield _stamped(ctx.now(), "cancelled: it was deleted before it was built").encode()
             return
         doc = newest
     with suppress(NotFound):
         async for chunk in ctx.blobs.get(image_key(doc.workspace, doc.id, "log"), at):
             yield chunk
+    if doc.phase == "cancelled":  # whoever built it does not write any more, and its log goes with it
+        yield _stamped(doc.updated, f"cancelled: {doc.reason}").encode()
 
 
 async def _of_file(path: Path, at: int) -> AsyncIterator[bytes]:

@@ -7,7 +7,6 @@ repeated here: the lock and the bill of materials, which have them with their ha
 from __future__ import annotations
 
 import sys
-import zlib
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -18,7 +17,7 @@ from . import sbom
 from .config import digest_of, encode
 from .model import Image
 from .sbom import Contents
-from .tarring import GZIP_LEVEL
+from .tarring import PACKER
 
 BUILD_TYPE = "urn:modelyard:image-build:v1"
 BUILDER = "urn:modelyard:image-builder"
@@ -56,7 +55,7 @@ def _definition(image: Image, holds: Contents) -> dict[str, Any]:
         "externalParameters": {"name": image.name, **{k: v for k, v in asked.items() if v}},
         "internalParameters": {
             "python": f"{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}",
-            "zlib": zlib.ZLIB_RUNTIME_VERSION, "gzip_level": GZIP_LEVEL},
+            "gzip": "{} {}, level {}, members of {}".format(*PACKER)},
         "resolvedDependencies": _materials(image, holds)}
 
 

@@ -64,7 +64,7 @@ class Pull:
         for _ in range(3):  # a list, of lists at most
             found = await source.get_manifest(place.repo, version)
             if found is None:
-                raise BuildFailed(f"there is no base image {name} ({version}); check the name and the tag")
+                raise BuildFailed(await asyncio.to_thread(_nothing, place, name, version))
             body = found[0]
             parsed = _json(body, f"the manifest of {name}")
             if "manifests" not in parsed:
@@ -169,6 +169,16 @@ def _write(out: BinaryIO, chunk: bytes) -> None:
     rest = memoryview(chunk)
     while rest:
         rest = rest[out.write(rest):]
+
+
+def _nothing(place: Reference, name: str, version: str) -> str:
+    """Why there is no such base. Blocking."""
+    folder = place.url.removeprefix(bases.LAYOUT)
+    if folder != place.url and not Path(folder, "index.json").is_file():
+        what = "is no OCI layout (it has no index.json)" if Path(folder).is_dir() else "does not exist"
+        return (f"there is no base image {name}: {folder} {what} on the image builder's machine; "
+                f"make one there with `modelyard images base --debian --to {folder}`, or check the path")
+    return f"there is no base image {name} ({version}); check the name and the tag"
 
 
 @contextmanager

@@ -9,18 +9,23 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+import deflate
 
 TAR = "application/vnd.oci.image.layer.v1.tar"
 TAR_GZ = "application/vnd.oci.image.layer.v1.tar+gzip"
 BLOCK = 512
 END = bytes(2 * BLOCK)
 CHUNK = 1 << 20
-GZIP_LEVEL = 1
+GZIP_LEVEL = 6
+MEMBER = 4 << 20
+"""So much of a tar is one gzip member, wherever its pieces end. A layer is several, one after the other."""
+PACKER = ("libdeflate", deflate.__version__, GZIP_LEVEL, MEMBER)
+"""What the digest of a gzipped layer follows from, beside its contents."""
 
 
 @dataclass(frozen=True)
@@ -109,20 +114,24 @@ def write_layer(title: str, pieces: Iterable[bytes], out: BinaryIO, *, gzip: boo
     if not gzip:
         return plain(title, _copied(pieces, out))
     whole, stored, size = hashlib.sha256(), hashlib.sha256(), 0
-    squeeze = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)
-
-    def write(data: bytes) -> None:
-        nonlocal size
-        size += len(data)
-        stored.update(data)
-        out.write(data)
-
-    for piece in pieces:
-        whole.update(piece)
-        if piece := squeeze.compress(piece):
-            write(piece)
-    write(squeeze.flush())
+    for member in _members(pieces):
+        whole.update(member)
+        squeezed = deflate.gzip_compress(member, GZIP_LEVEL)
+        size += len(squeezed)
+        stored.update(squeezed)
+        out.write(squeezed)
     return Layer(title, f"sha256:{stored.hexdigest()}", f"sha256:{whole.hexdigest()}", size, TAR_GZ)
+
+
+def _members(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes, ``MEMBER`` of them at a time; the last are what is left."""
+    held = bytearray()
+    for piece in pieces:
+        held += piece
+        while len(held) > MEMBER:
+            yield bytes(memoryview(held)[:MEMBER])
+            del held[:MEMBER]
+    yield bytes(held)
 
 
 def plain(title: str, pieces: Iterable[bytes]) -> Layer:

@@ -1,20 +1,21 @@
 """An environment that was just installed, as layers: one for each large distribution, one for all the small ones.
 
 What belongs to a distribution is what its RECORD lists. Left out is everything that differs from one installation
-to the next, or that nothing in an image runs: installer notes, bytecode, console scripts.
+to the next, or that nothing in an image runs: installer notes, bytecode, console scripts, test suites.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
 
 from ..core.errors import BuildFailed
+from .suites import suite
 from .tarring import Entry
 
 LARGE = 5_000_000
@@ -49,9 +50,10 @@ def site_packages(python: str) -> str:
     return f"opt/env/lib/python{python}/site-packages"
 
 
-def distributions(root: Path, python: str) -> list[Distribution]:
-    """Everything that is installed in ``root`` (a ``--target`` folder), by name. Blocking."""
-    found = [_distribution(root, info, python) for info in root.glob("*.dist-info")]
+def distributions(root: Path, python: str, left: Set[str] = frozenset()) -> list[Distribution]:
+    """Everything that is installed in ``root`` (a ``--target`` folder), by name, without the test suites that are
+    ``left`` out. Blocking."""
+    found = [_distribution(root, info, python, left) for info in root.glob("*.dist-info")]
     return sorted(found, key=lambda d: d.name)
 
 
@@ -65,9 +67,10 @@ def clashing(found: Sequence[Distribution]) -> list[Distribution]:
     return [one for one in found if any(len(contents[name]) > 1 for name in one.hashes)]
 
 
-def taken_from(found: Sequence[Distribution], again: Mapping[str, Path], python: str) -> list[Distribution]:
+def taken_from(found: Sequence[Distribution], again: Mapping[str, Path], python: str,
+               left: Set[str] = frozenset()) -> list[Distribution]:
     """With the files of each distribution in ``again`` from there, where it was installed alone. Blocking."""
-    alone = {name: {e.name: e for e in distributions(root, python)[0].entries} for name, root in again.items()}
+    alone = {name: {e.name: e for e in distributions(root, python, left)[0].entries} for name, root in again.items()}
     return [replace(one, entries=tuple(alone[one.name].get(e.name, e) for e in one.entries)) if one.name in alone
             else one for one in found]
 
@@ -87,10 +90,10 @@ def _joined(found: Iterable[Distribution]) -> list[Entry]:
     return list({entry.name: entry for d in found for entry in d.entries}.values())
 
 
-def _distribution(root: Path, info: Path, python: str) -> Distribution:
+def _distribution(root: Path, info: Path, python: str, left: Set[str]) -> Distribution:
     about = HeaderParser().parsestr((info / "METADATA").read_text(encoding="utf-8", errors="replace"))
     rows = [row for row in csv.reader(io.StringIO((info / "RECORD").read_text(encoding="utf-8"))) if row]
-    kept = sorted(row for row in rows if _belongs(row[0], info.name))
+    kept = sorted(row for row in rows if _belongs(row[0], info.name) and suite(row[0]) not in left)
     prefix = site_packages(python)
     entries, size = [], 0
     for name, *_ in kept:

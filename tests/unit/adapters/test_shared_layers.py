@@ -16,6 +16,7 @@ import pytest
 from modelyard.adapters.images_layout import LayoutImages
 from modelyard.adapters.targets_process_roots import Roots
 from modelyard.adapters.targets_process_trees import KIND, SharedLayers
+from modelyard.core.errors import Invalid
 from modelyard.kernel.cache import Cache
 from tests import handmade
 
@@ -196,3 +197,9 @@ def test_two_processes_fill_at_once(tmp_path: Path) -> None:
     said = list(ThreadPoolExecutor().map(lambda one: one.communicate("go\n", 60), started))
     assert [err for _, err in said] == ["", ""]
     assert sorted(p.name for p in (tmp_path / "cache" / KIND).iterdir()) == sorted(f"layer-{n}" for n in range(20))
+
+
+async def test_an_image_without_packages_is_refused_in_words(machine: Machine) -> None:
+    bare = handmade.tar({name: data for name, data in handmade.environment().items() if "site-packages" not in name})
+    with pytest.raises(Invalid, match="has no packages, as its lock is empty"):
+        await machine.prepared("one", (bare, SCORE))

@@ -168,7 +168,8 @@ Wrong = Callable[[Layout], str]
 
 @pytest.mark.parametrize(("base", "told"), [
     (lambda y: y.tag(y.image(layer(DEBIAN)), name="3.11").removesuffix(":3.11") + ":3.12", "there is no base image"),
-    (lambda y: f"oci-layout://{y.folder}-nowhere", "there is no base image"),
+    (lambda y: f"oci-layout://{y.folder}-nowhere", "-nowhere does not exist on the image builder's machine"),
+    (lambda y: f"oci-layout://{y.folder.parent}", "is no OCI layout"),
     (lambda y: y.tag(y.image(layer({"etc/x": b""}))), "has no Python 3.11 or newer"),
     (lambda y: y.tag(y.image(layer({"usr/bin/python3.9": b""}))), "under bin/: 3.9"),
     (lambda y: y.tag(y.image(layer(DEBIAN), layer({"usr/bin/.wh.python3.11": b""}))), "has no Python"),

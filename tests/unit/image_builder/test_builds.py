@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from modelyard.image_builder.model import Image
+from modelyard.image_builder.store import Chunks
 from modelyard.registry.model import Model
 
 from .conftest import SCORE, Yard, running
@@ -364,3 +365,17 @@ async def test_a_build_that_takes_too_long_fails(
     assert (await yard.small())["phase"] == "ready"
     for wrong in (0, 86_401, "soon"):
         assert (await yard.call("POST", "/v1/images", {**spec, "timeout_s": wrong})).status == 422
+
+
+async def test_a_failed_build_leaves_no_tag(yard: Yard) -> None:
+    """The tag was put by a try that died before it could say so, and the next one fails."""
+    made = await yard.small("made")
+    body, kind = await yard.images.images.get_manifest("made", "1") or (b"", "")
+    for part in (json.loads(body)["config"], *json.loads(body)["layers"]):
+        data = b"".join([chunk async for chunk in yard.images.images.get_blob("made", part["digest"])])
+        await yard.images.images.put_blob("half", part["digest"], Chunks(data))
+    await yard.images.images.put_manifest("half", "1", body, kind)
+    failed = await yard.small("half", score=await yard.upload(b"not Python"))
+    assert (made["phase"], failed["phase"], failed["id"]) == ("ready", "failed", "half:1")
+    assert await yard.images.images.get_manifest("half", "1") is None
+    assert await yard.images.images.get_manifest("made", "1") is not None

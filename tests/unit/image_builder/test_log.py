@@ -35,12 +35,13 @@ class Follower:
     """Reads along until ``doc`` says that the build is over."""
 
     def __init__(self, ctx: Context) -> None:
-        self.doc, self.text = DOC, ""
+        self.doc: Image | None = DOC
+        self.text = ""
         self._ctx = ctx
         self.task = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
-        async def fresh() -> Image:
+        async def fresh() -> Image | None:
             return self.doc
 
         async for part in read_log(self._ctx, DOC, follow=True, fresh=fresh):
@@ -95,3 +96,29 @@ async def test_a_blob_store_that_is_away_stops_no_build(two: tuple[Context, Cont
     await log.keep(one, DOC)
     reader = read_log(one, DOC.evolve(phase="ready"), follow=False, fresh=lambda: None)  # type: ignore[arg-type,return-value]
     assert "and on" in b"".join([part async for part in reader]).decode()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_who_follows_a_cancelled_build_is_told(two: tuple[Context, Context], gone: bool) -> None:
+    one, _ = two
+    reader = Follower(one)
+    log = BuildLog(log_file(one, DOC))
+    async with log.shown(one, DOC):
+        await log.line("it begins")
+        await reader.sees("it begins")
+        reader.doc = None if gone else DOC.evolve(phase="cancelled", reason="it was deleted before it was built")
+        await asyncio.wait_for(reader.task, 20)
+    assert reader.text.endswith("Z cancelled: it was deleted before it was built\n")
+
+
+async def test_no_folder_of_a_log_stays_behind(two: tuple[Context, Context]) -> None:
+    one, _ = two
+    other = DOC.evolve(id="scorer:2", version=2)
+    for doc in (DOC, other):
+        await BuildLog(log_file(one, doc)).line("x")
+    await BuildLog(log_file(one, DOC)).keep(one, DOC)
+    assert log_file(one, other).exists()
+    await BuildLog(log_file(one, other)).keep(one, other)
+    assert [path.name for path in (one.data / "image-builder" / "logs").iterdir()] == []
+    await BuildLog(log_file(one, DOC)).line("again")
+    assert log_file(one, DOC).read_text().endswith("again\n")
