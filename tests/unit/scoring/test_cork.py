@@ -15,6 +15,7 @@ from modelyard.core.tensors import Tensor
 from modelyard.scoring.h2_cork import BUNCH, THREAD
 from modelyard.scoring.transport_h2 import H2Transport
 from tests.unit.scoring.planes import open_plane
+from tests.unit.scoring.test_life import RETRY
 
 np = pytest.importorskip("numpy")
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -50,7 +51,7 @@ async def test_held_for_a_bunch_and_for_nobody_else(tmp_path: Path, monkeypatch:
         transport = H2Transport(f"unix:{tmp_path}/socket", plane)
         await transport.start()
         try:
-            async with grpc.aio.insecure_channel(f"unix:{tmp_path}/socket") as channel:
+            async with grpc.aio.insecure_channel(f"unix:{tmp_path}/socket", RETRY) as channel:
                 infer = channel.unary_unary(INFER)
                 for _ in range(BUNCH):
                     await infer(body, timeout=20)
