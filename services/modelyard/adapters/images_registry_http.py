@@ -162,7 +162,8 @@ class Door:
                 self._session = aiohttp.ClientSession(
                     connector=aiohttp.TCPConnector(limit=32, ssl=context), auto_decompress=False,
                     headers={"User-Agent": f"modelyard/{__version__}"}, cookie_jar=aiohttp.DummyCookieJar(),
-                    skip_auto_headers={"Accept-Encoding"},  # bytes are taken as they are: nobody may squeeze them
+                    # bytes are taken as they are: nobody may squeeze them; and what says nothing is not sent
+                    skip_auto_headers={"Accept-Encoding", "Accept"},
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=self._timeout_s))
         return self._session
 

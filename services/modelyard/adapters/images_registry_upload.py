@@ -71,17 +71,18 @@ class Blob:
             self._ahead = asyncio.create_task(self._fetch())
         return await asyncio.shield(self._ahead)  # a call that breaks off takes nothing with it
 
-    async def stretch(self, start: int) -> AsyncIterator[bytes]:
-        """From a byte on, as much as is sent in one call."""
-        await self._seek(start)
-        while self.place < start + STRETCH and (part := await self.take()):
+    async def stretch(self, start: int, end: int) -> AsyncIterator[bytes]:
+        """From a byte on, in whole parts, as far as ``end`` or a little further."""
+        await self.seek(start)
+        while self.place < end and (part := await self.take()):
             yield part
 
-    async def _seek(self, start: int) -> None:
+    async def seek(self, start: int) -> None:
+        """What is given next. Lost when it was given before, and cannot be read again."""
         if start == self.place:
             return
         if isinstance(self._chunks, AsyncIterator):
-            raise Lost("what was sent cannot be read again")
+            raise Lost("what was sent of a blob cannot be read again here; try again")
         await self._idle()
         self._reader, self._read, self.place = self._chunks.__aiter__(), 0, start
         self._ahead = asyncio.create_task(self._fetch(start))
@@ -169,7 +170,7 @@ class Upload:
             taken, first = first, b""
             if taken:
                 yield taken
-            async for part in blob.stretch(self._sent + len(taken)):
+            async for part in blob.stretch(self._sent + len(taken), self._sent + STRETCH):
                 yield part
 
         at = await self._begin()
@@ -189,6 +190,7 @@ class Upload:
                     self._sent = blob.place
                     return
             await self._ask_offset(self._sent, blob.place)
+            await blob.seek(self._sent + len(first))
             at = await self._begin()
 
     async def _ask_offset(self, low: int, high: int) -> None:
