@@ -13,9 +13,9 @@ from yarl import URL
 
 from ..core.errors import Denied, Invalid, ModelyardError, Unavailable
 from ..core.version import __version__
+from ..kernel.proxies import through
 from .images_registry_errors_http import BROKEN, broken, pause, refused, said
 from .images_registry_login import HUB
-from .images_registry_proxy import through
 from .images_registry_tokens_http import Allowed
 
 TRIES = 5

@@ -6,9 +6,9 @@ import pytest
 from yarl import URL
 
 from modelyard.adapters import urls
-from modelyard.adapters.images_registry_proxy import through
 from modelyard.core.errors import Invalid
 from modelyard.image_builder.uv import environment
+from modelyard.kernel.proxies import through
 
 NAMES = ("https_proxy", "http_proxy", "all_proxy", "no_proxy")
 
