@@ -1,11 +1,13 @@
 """What an image costs beside what was aimed at: against a Dockerfile, in bytes, in memory, again and again.
 
-    python tests/benchmarks/bench_images_goals.py [ROUNDS] [ROW …]   # dockerfile size digests bill memory; none: all
+    python tests/benchmarks/bench_images_goals.py [ROUNDS] [ROW …]
+    rows: versions dockerfile size digests bill memory; none: all
 
-The peer of ``dockerfile`` is a Docker Engine's classic builder at its best: everything but the model is an image of its
-own already (the same files, out of our exported context), so that only the model is sent, copied and pushed. Both push
-to one registry on this machine, new weights each time, in turns: the ratio says something on a busy machine as well.
-Memory is that of the processes of the image builder and of the registry of models, beyond what they had before.
+``versions`` counts in a proxy before a registry what is sent. The peer of ``dockerfile`` is a Docker Engine's classic
+builder at its best: everything but the model is an image of its own already (the same files, out of our exported
+context), so that only the model is sent, copied and pushed. Both push to one registry on this machine, new weights each
+time, in turns: the ratio says something on a busy machine as well. Memory is that of the processes of the image builder
+and of the registry of models, beyond what they had before.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ from modelyard.image_builder.config import encode
 from modelyard.image_builder.model import Image
 from modelyard.image_builder.tarring import Layer
 from tests import contained
+from tests.benchmarks.bench_images import settled
 from tests.e2e.yard import Yard
+from tests.proxy import Proxy
 
 SCORE = "def run(data):\n    return data\n"
 NEEDS = ["scikit-learn", "onnxruntime"]
@@ -136,6 +140,28 @@ def against_a_dockerfile(folder: Path, rounds: int) -> None:
     row("times faster, registering the model counted in", f"{his / both:.1f} x", "-")
 
 
+# -- a first image, and new versions of its model ----------------------------------------------------------------------
+
+
+def versions(folder: Path, rounds: int) -> None:
+    """Seconds until the image is ready, and the bytes sent for it, also of what is said of it."""
+    if reason := Registry.missing():
+        print(f"new versions: not here: {reason}")
+        return
+    with Registry(folder / "registry") as registry, Proxy(registry.port) as wire, \
+            running(folder / "yard", MODELYARD_IMAGES=f"oci://127.0.0.1:{wire.port}/bench") as (_, client):
+        first_s, _, _ = build(client, folder / "yard", 1000)
+        row(f"first build and push, {' + '.join(NEEDS)} + grpcio", f"{first_s:.2f} s", "<= 7 s")
+        for size_, seconds in ((1_000_000, 0.3), (MODEL, 1.0)):
+            build(client, folder / "yard", size_)
+            before = settled(lambda: wire.sent)
+            took = [build(client, folder / "yard", size_)[0] for _ in range(rounds)]
+            beside = (settled(lambda: wire.sent) - before) / rounds - size_
+            row(f"new version of {size_ / 1e6:.0f} MB, built and pushed", f"{statistics.median(took):.2f} s",
+                f"<= {seconds} s")
+            row("the same, sent", f"model + {beside / 1e3:.1f} kB", "<= model + 40 kB")
+
+
 # -- the other rows ---------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +244,8 @@ def _status(pid: int, word: str) -> int:
 
 
 ROWS: dict[str, Callable[[Path, int], None]] = {
-    "dockerfile": against_a_dockerfile, "size": size, "digests": digests, "bill": bill, "memory": memory}
+    "versions": versions, "dockerfile": against_a_dockerfile, "size": size, "digests": digests, "bill": bill,
+    "memory": memory}
 
 
 def main(args: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ KERNEL = {  # frozen: a new file here needs a decision record
     "__init__.py", "service.py", "run.py", "wakes.py", "relay.py", "loop.py", "consume.py", "dead.py", "letters.py",
     "observe.py", "web.py", "server.py", "call.py", "bodies.py", "paging.py", "problems.py", "guard.py",
     "idempotency.py", "forward.py", "feed.py", "health.py", "openapi.py", "folder.py",
-    "cache.py",
+    "cache.py", "proxies.py",
 }
 OUTSIDE = re.compile(  # what the project must not refer to: it explains itself
     r"\.\./shared|/work/|research/|BRIEF\.md|pypi\.org|files\.pythonhosted|registry\.npmjs|crates\.io|proxy\.golang"

@@ -21,6 +21,7 @@ from yarl import URL
 from infra.stack.registry import Registry
 from modelyard.adapters import images_registry_errors_http as errors
 from modelyard.adapters import images_registry_login as logins
+from modelyard.adapters import images_registry_upload as upload
 from modelyard.adapters.images_registry import RegistryImages
 from modelyard.adapters.images_registry_errors_http import retry_after
 from modelyard.adapters.images_registry_http import HOPS, TRIES, Door
@@ -137,18 +138,23 @@ class Tokens:
         return web.json_response({"token": word, "expires_in": 300, **self.answer})
 
 
-async def test_a_token_that_lapses_in_the_middle_of_an_upload(images: RegistryImages, gate: Gate, config: Path) -> None:
+async def test_a_token_that_lapses_in_the_middle_of_an_upload(
+    images: RegistryImages, gate: Gate, config: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A new one is got; what was sent is not sent again, nor the upload begun anew."""
     log_in(config, gate, username="yard", password="hunter2")
-    tokens, data = Tokens(gate), os.urandom(18 * MB)
+    monkeypatch.setattr(upload, "STRETCH", 4 * MB)
+    tokens, data, times = Tokens(gate), os.urandom(18 * MB), []
 
-    async def source() -> AsyncIterator[bytes]:
-        for n in range(0, len(data), MB):
-            if n == 10 * MB:
-                tokens.expire()
-            yield data[n:n + MB]
+    class Source:
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            times.append(1)
+            for n in range(0, len(data), MB):
+                if n == 10 * MB and len(times) == 1:
+                    tokens.expire()
+                yield data[n:n + MB]
 
-    assert await images.put_blob("iris", digest(data), source()) is True
+    assert await images.put_blob("iris", digest(data), Source()) is True
     assert await read(images, "iris", digest(data)) == data
     assert gate.count("^POST .*uploads/") == 2 and gate.count("^PATCH") == 6  # one refused each
     assert {auth for _, auth, _ in tokens.asked} == {f"Basic {BASIC}"} and tokens.of("iris") == 3

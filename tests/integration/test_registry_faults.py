@@ -19,6 +19,7 @@ from aiohttp import web
 from infra.stack.registry import Registry
 from infra.stack.server import run
 from modelyard.adapters import images_registry_errors_http as errors
+from modelyard.adapters import images_registry_upload as upload
 from modelyard.adapters import urls
 from modelyard.adapters.images_registry import RegistryImages
 from modelyard.adapters.images_registry_http import Door
@@ -74,18 +75,24 @@ def second_patch(gate: Gate, fail: Callable[[], None]) -> Callable[[web.Request]
 
 
 @pytest.mark.parametrize("how", [{"status": 503}, {"sent": 0}])
-async def test_an_upload_goes_on_after_a_cut(images: RegistryImages, gate: Gate, how: dict[str, int]) -> None:
-    """10 MiB in parts of 4, the second of which does not arrive: the first is not sent again."""
+async def test_an_upload_goes_on_after_a_cut(
+    images: RegistryImages, gate: Gate, monkeypatch: pytest.MonkeyPatch, how: dict[str, int],
+) -> None:
+    """10 MiB in calls of 4, the second of which does not arrive: the first is not sent again."""
+    monkeypatch.setattr(upload, "STRETCH", 4 * MB)
     data = os.urandom(10 * MB)
     gate.wants = second_patch(gate, lambda: gate.plan("PATCH", **how))
-    assert await images.put_blob("iris", digest(data), parts(data)) is True
+    assert await images.put_blob("iris", digest(data), Again(data)) is True
     assert await read(images, "iris", digest(data)) == data
     assert gate.count("^POST .*uploads/") == 1 and gate.count("^PATCH") == 4
 
 
 @pytest.mark.parametrize("sent", [1, 3 * MB, 4 * MB])
-async def test_a_part_that_arrived_by_half(images: RegistryImages, gate: Gate, sent: int) -> None:
+async def test_a_part_that_arrived_by_half(
+    images: RegistryImages, gate: Gate, monkeypatch: pytest.MonkeyPatch, sent: int,
+) -> None:
     """This registry signs the offset of an upload, so it does not know it any more; the source is read again."""
+    monkeypatch.setattr(upload, "STRETCH", 4 * MB)
     data = os.urandom(10 * MB)
     gate.wants = second_patch(gate, lambda: gate.plan("PATCH", sent=sent))
     with pytest.raises(Unavailable, match="try again"):
@@ -107,8 +114,9 @@ class Again:
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3 * MB, 4 * MB])
-async def test_a_registry_that_tells_how_much_it_has(kept: int) -> None:
+async def test_a_registry_that_tells_how_much_it_has(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
     """As the specification has it: only the rest of the part goes up again."""
+    monkeypatch.setattr(upload, "STRETCH", 4 * MB)
     data, there, calls = os.urandom(10 * MB), bytearray(), []
 
     async def handle(request: web.Request) -> web.Response:
@@ -123,7 +131,6 @@ async def test_a_registry_that_tells_how_much_it_has(kept: int) -> None:
                 assert request.transport is not None
                 request.transport.abort()
                 return web.Response()
-            assert request.headers["Content-Range"] == f"{len(there)}-{len(there) + len(body) - 1}"
             there.extend(body)
         return web.Response(status={"GET": 204, "PUT": 201}.get(request.method, 202), headers=told)
 
@@ -134,19 +141,19 @@ async def test_a_registry_that_tells_how_much_it_has(kept: int) -> None:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     store = await RegistryImages.open(f"oci://127.0.0.1:{runner.addresses[0][1]}")
     try:
-        assert await store.put_blob("x", digest(data), parts(data)) is True
-        assert there == data and calls.count("PATCH") == (3 if kept == 4 * MB else 4)
+        assert await store.put_blob("x", digest(data), Again(data)) is True
+        assert there == data and calls.count("PATCH") == (3 if kept >= 3 * MB else 4)
     finally:
         await store.close()
         await runner.cleanup()
 
 
-async def test_a_large_blob_goes_up_in_constant_memory_and_in_parts(images: RegistryImages, gate: Gate) -> None:
+async def test_a_large_blob_goes_up_in_one_stream(images: RegistryImages, gate: Gate) -> None:
     data = os.urandom(9 * MB)
     await images.put_blob("iris", digest(data), parts(data, 100_000))
-    assert gate.count("^PATCH") == 3 and gate.count("^PUT .*digest=") == 1
+    assert gate.count("^PATCH") == 1 and gate.count("^PUT .*digest=") == 1
     assert await images.put_blob("rose", digest(data), never()) is False  # mounted
-    assert gate.count("^POST .*mount=") == 1 and gate.count("^PATCH") == 3
+    assert gate.count("^POST .*mount=") == 1 and gate.count("^PATCH") == 1
     assert await read(images, "rose", digest(data)) == data
 
 
@@ -184,6 +191,7 @@ async def test_a_failed_upload_is_given_up_there(images: RegistryImages, gate: G
 
     async def broken() -> AsyncIterator[bytes]:
         yield data[:5 * MB]
+        yield data[5 * MB:]
         raise ConnectionError("cut")
 
     with pytest.raises(ConnectionError):
@@ -376,15 +384,19 @@ async def test_kill_9_of_the_registry_in_the_middle_of_an_upload(tmp_path: Path)
     with Registry(tmp_path) as found:
         store = await RegistryImages.open(found.url, timeout_s=5.0)
 
-        async def slow() -> AsyncIterator[bytes]:
-            for n in range(0, len(data), MB):
-                if n == 10 * MB:
-                    await asyncio.to_thread(found.kill)
-                    revived = asyncio.get_running_loop().run_in_executor(None, found.start)
-                    del revived
-                yield data[n:n + MB]
+        class Slow:
+            killed = False
 
-        assert await store.put_blob("iris", digest(data), slow()) is True
+            async def __aiter__(self) -> AsyncIterator[bytes]:
+                for n in range(0, len(data), MB):
+                    if n == 10 * MB and not self.killed:
+                        self.killed = True
+                        await asyncio.to_thread(found.kill)
+                        revived = asyncio.get_running_loop().run_in_executor(None, found.start)
+                        del revived
+                    yield data[n:n + MB]
+
+        assert await store.put_blob("iris", digest(data), Slow()) is True
         assert hashlib.sha256(await read(store, "iris", digest(data))).digest() == hashlib.sha256(data).digest()
         with pytest.raises(NotFound):
             await read(store, "iris", digest(b"never"))

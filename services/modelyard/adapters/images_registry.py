@@ -17,12 +17,12 @@ from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from ..core.errors import Denied, Invalid, ModelyardError, NotFound, Unavailable
+from ..kernel.proxies import OFF, checked, loopback
 from ..ports.images import ImageStore
 from .images_names import MANIFESTS, OCI_CONFIG, OCI_MANIFEST, hex_of, is_manifest, parts, repo_of, tag_of
 from .images_registry_errors_http import BROKEN, pause
 from .images_registry_http import TRIES, Door
 from .images_registry_known import Known
-from .images_registry_proxy import OFF, checked, loopback
 from .images_registry_tags import MOVED, VERSION, Tags
 from .images_registry_upload import send
 

@@ -14,8 +14,8 @@ from typing import Any
 import aiohttp
 
 from ..core.errors import Denied, Invalid, ModelyardError, NotFound, Unavailable
+from ..kernel.proxies import NAMED
 from .images_registry_login import config_file
-from .images_registry_proxy import NAMED
 
 FIRST_S, LONGEST_S = 0.2, 5.0
 PATIENCE_S = 60.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ from yarl import URL
 
 from ..core.errors import Denied, Invalid, ModelyardError, Unavailable
 from ..core.version import __version__
+from ..kernel.proxies import through
 from .images_registry_errors_http import BROKEN, broken, pause, refused, said
 from .images_registry_login import HUB
-from .images_registry_proxy import through
 from .images_registry_tokens_http import Allowed
 
 TRIES = 5
@@ -30,6 +30,8 @@ LOGINS = 2
 READS, SENDS = (301, 302, 303, 307, 308), (307, 308)
 """Redirects that are followed: what is sent may only be sent again as it is."""
 HUB_API = "registry-1.docker.io"
+Body = bytes | Callable[[], AsyncIterator[bytes]]
+"""What is sent: bytes, or a stream that is made anew for each try."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,17 @@ class Door:
             self._session = None
 
     async def ask(self, method: str, path: str | URL, *, about: str, ok: Collection[int] = (200,), repo: str = "",
-                  headers: Mapping[str, str] | None = None, data: bytes | None = None, tries: int = TRIES) -> Reply:
+                  headers: Mapping[str, str] | None = None, data: Body | None = None, tries: int = TRIES) -> Reply:
         """A call with a small answer. ``ok`` are the statuses that the caller deals with; any other is an error that
-        begins with ``about``."""
-        bound = self._timeout_s + len(data or b"") / SLOWEST
+        begins with ``about``. A stream is bounded from each of its pieces to the next."""
+        def paced() -> Body | None:
+            return (lambda: _paced(data(), clock, self._timeout_s)) if callable(data) else data
+
+        bound = self._timeout_s + (0 if data is None or callable(data) else len(data) / SLOWEST)
         for attempt in range(1, tries + 1):
             try:
-                async with asyncio.timeout(bound), \
-                        self.opened(method, path, repo=repo, headers=headers, data=data) as answer:
+                async with asyncio.timeout(bound) as clock, \
+                        self.opened(method, path, repo=repo, headers=headers, data=paced()) as answer:
                     reply = Reply(answer.status, answer.headers, await self._whole(answer, about), answer.url)
                 if reply.status in ok:
                     return reply
@@ -83,7 +88,7 @@ class Door:
 
     @asynccontextmanager
     async def opened(self, method: str, path: str | URL, *, repo: str = "", headers: Mapping[str, str] | None = None,
-                     data: bytes | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
+                     data: Body | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
         """One try, authenticated and redirected; the body is the caller's to read. Credentials go to the registry
         alone, wherever it sends us. Raises what the connection raises (``BROKEN``)."""
         url = self.origin.join(URL(path)) if isinstance(path, str) else path
@@ -92,7 +97,8 @@ class Door:
             home = url.origin() == self.origin
             known = self._allowed.header(repo) if home else ""
             sent = {**(headers or {}), **({"Authorization": known} if known else {})}
-            async with session.request(method, url, headers=sent, data=data, allow_redirects=False,
+            async with session.request(method, url, headers=sent, allow_redirects=False,
+                                       data=data() if callable(data) else data,
                                        proxy=through(url, self._proxy)) as answer:
                 if answer.status == 401 and home and logins < LOGINS:
                     logins += 1
@@ -156,6 +162,16 @@ class Door:
                 self._session = aiohttp.ClientSession(
                     connector=aiohttp.TCPConnector(limit=32, ssl=context), auto_decompress=False,
                     headers={"User-Agent": f"modelyard/{__version__}"}, cookie_jar=aiohttp.DummyCookieJar(),
-                    skip_auto_headers={"Accept-Encoding"},  # bytes are taken as they are: nobody may squeeze them
+                    # bytes are taken as they are: nobody may squeeze them; and what says nothing is not sent
+                    skip_auto_headers={"Accept-Encoding", "Accept"},
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=self._timeout_s))
         return self._session
+
+
+async def _paced(pieces: AsyncIterator[bytes], clock: asyncio.Timeout, silent_s: float) -> AsyncIterator[bytes]:
+    """The pieces; the clock begins again with each that the line takes."""
+    now = asyncio.get_running_loop().time
+    async for piece in pieces:
+        clock.reschedule(now() + silent_s + len(piece) / SLOWEST)
+        yield piece
+    clock.reschedule(now() + silent_s)

@@ -14,9 +14,9 @@ import aiohttp
 from yarl import URL
 
 from ..core.errors import Denied, Unavailable
+from ..kernel.proxies import through
 from .images_registry_errors_http import BROKEN, refused, said
 from .images_registry_login import Login, login
-from .images_registry_proxy import through
 
 EARLY_S = 10.0
 """A token is renewed so long before it lapses."""

@@ -18,6 +18,7 @@ from .signature import score_line
 
 if TYPE_CHECKING:
     from ..client import Client, Deployment, Image
+    from ..client.requirements import Needs
 
 UNKNOWN_INPUT = '{"data": [[…]]}'
 
@@ -45,13 +46,13 @@ def deploy(
                        **({"env": public} if public else {})}, set)
     with connect() as yard, Steps() as steps:
         with found(path, trust) as parts:
-            _look(model or name, image or name, name, parts, base, {"target": target, **wanted})
+            needs = _look(model or name, image or name, name, parts, base, {"target": target, **wanted})
             if parts.requirements is not None and parts.unread:
                 steps.done(f"dependencies are read from {parts.requirements.name}, not from {', '.join(parts.unread)}")
             models = []
             if parts.model is not None:
                 models.append(_register(yard, steps, model or name, parts.model, trust, tags))
-            made = _build(yard, steps, image or name, models, parts.score, parts.requirements, base)
+            made = _build(yard, steps, image or name, models, parts.score, needs, base)
         service = _run(yard, steps, name, made.id, target, wanted)
     if output is not Format.table:
         document(service.document, output, "Deployment")
@@ -61,8 +62,9 @@ def deploy(
 
 def _look(
     model: str, image: str, name: str, parts: Found, base: str | None, deployment: dict[str, Any],
-) -> None:
-    """All that can be wrong here, before anything is made there. Raises Invalid with every problem of a document."""
+) -> Needs:
+    """All that can be wrong here, before anything is made there, and the dependencies, which are read for it. Raises
+    Invalid with every problem of a document."""
     from ..client.apply import checked
     from ..client.requirements import read_requirements
 
@@ -71,6 +73,7 @@ def _look(
         checked("Model", {"name": model, "artifact": f"sha256:{'0' * 64}"})
     checked("Image", {"name": image, "requirements": needs.requirements or [], "base": base})
     checked("Deployment", {"image": f"{image}:1", **deployment, "name": name})
+    return needs
 
 
 def _register(
@@ -84,15 +87,15 @@ def _register(
 
 
 def _build(
-    yard: Client, steps: Steps, name: str, models: list[str], score: Path | None, requirements: Path | None,
+    yard: Client, steps: Steps, name: str, models: list[str], score: Path | None, needs: Needs,
     base: str | None,
 ) -> Image:
     steps.start(f"building {name}")
     wanted: dict[str, Any] = {"kind": "Image", "name": name, "models": models, **({"base": base} if base else {})}
     if score is not None:
         wanted["score"] = str(score.resolve())
-    if requirements is not None:
-        wanted["requirements"] = str(requirements.resolve())
+    read = {"requirements": needs.requirements, "constraints": needs.constraints, "python": needs.python}
+    wanted |= {field: value for field, value in read.items() if value is not None}
     (change,) = yard.apply([wanted], on_progress=steps)
     image = built(yard, yard.images.get(change.id), steps)
     steps.done(f"image {image.id}{' (as it was)' if change.action == 'unchanged' else ''}")

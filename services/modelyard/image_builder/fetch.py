@@ -17,10 +17,13 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from ..core.errors import BuildFailed
-from .uv import NEAR
+from yarl import URL
+
+from ..core.errors import BuildFailed, Invalid
+from ..kernel.proxies import through
 
 LARGEST = 512 << 20
 SILENT_S, WHOLE_S = 60.0, 600.0
@@ -81,22 +84,32 @@ def _remote(url: str, parts: SplitResult, environment: Mapping[str, str]) -> Ite
     asked = urllib.request.Request(parts._replace(netloc=host).geturl(), headers={"accept-encoding": "identity"})
     if found := _credentials(parts, environment):  # not for where a redirect leads
         asked.add_unredirected_header("authorization", "Basic " + base64.b64encode(":".join(found).encode()).decode())
+    opener = urllib.request.build_opener(
+        _Proxied(), urllib.request.HTTPSHandler(context=ssl.create_default_context()))
     try:
-        with _opener(host).open(asked, timeout=SILENT_S) as answer:
+        with opener.open(asked, timeout=SILENT_S) as answer:
             while chunk := answer.read(CHUNK):
                 yield chunk
     except urllib.error.HTTPError as exc:
         raise BuildFailed(f"the package index answers {exc.code} to {parts.path}: {exc.reason}") from exc
+    except Invalid as exc:  # what is named as a proxy is none
+        raise BuildFailed(exc.message) from exc
     except OSError as exc:
         raise BuildFailed(f"the package index does not answer: {exc}") from exc
 
 
-def _opener(host: str) -> urllib.request.OpenerDirector:
-    """Through the proxy that uv goes through, and past it where uv goes past it."""
-    found, name = urllib.request.getproxies_environment(), urlsplit(f"//{host}").hostname
-    proxies = {scheme: proxy for scheme in ("http", "https") if (proxy := found.get(scheme) or found.get("all"))}
-    return urllib.request.build_opener(urllib.request.ProxyHandler({} if name in NEAR else proxies),
-                                       urllib.request.HTTPSHandler(context=ssl.create_default_context()))
+class _Proxied(urllib.request.ProxyHandler):
+    """Through the proxy that uv goes through, and past it where uv goes past it; a redirect is looked at anew."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def http_open(self, asked: urllib.request.Request) -> Any:
+        """None: not through one."""
+        proxy = through(URL(asked.full_url))
+        return None if proxy is None else self.proxy_open(asked, str(proxy), asked.type)
+
+    https_open = http_open
 
 
 def _credentials(parts: SplitResult, environment: Mapping[str, str]) -> tuple[str, str] | None:

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from ..core.errors import BuildFailed, Unavailable
+from ..kernel import proxies
 from .locks import Lock, read_lock
 from .log import CREDENTIALS, BuildLog
 
@@ -33,8 +34,6 @@ PASSED = re.compile(
     r"|EXCLUDE_NEWER|CONCURRENT_\w+)|UV_INDEX_\w+_(USERNAME|PASSWORD))$")
 DECIDES = re.compile(r"^(XDG_CONFIG_HOME|UV_(DEFAULT_INDEX|INDEX|INDEX_URL|INDEX_STRATEGY|EXTRA_INDEX_URL|FIND_LINKS"
                      r"|NO_INDEX|CONFIG_FILE|EXCLUDE_NEWER))$")
-NEAR = ("localhost", "127.0.0.1", "::1")
-"""What no proxy leads to."""
 QUIET = ("--color", "never", "--no-progress")
 EXPLAINED = re.compile(r"[×╰─▶│|]+|\bcause:")
 FULL = re.compile(r"No space left on device|os error 28|Disk quota exceeded|os error 122|os error 27")
@@ -59,9 +58,7 @@ def environment(links: Path | None = None) -> dict[str, str]:
     """What uv may see: where its index, cache and certificates are; nothing of ours, no secret of somebody else's.
     ``links``: one more folder of wheels."""
     kept = {name: value for name, value in os.environ.items() if PASSED.match(name)}
-    if any(name.lower() in ("https_proxy", "http_proxy", "all_proxy") for name in kept):
-        direct = kept.get("no_proxy") or kept.get("NO_PROXY")
-        kept["NO_PROXY"] = kept["no_proxy"] = ",".join(filter(None, [direct, *NEAR]))
+    kept |= proxies.told(kept)
     if links is not None:
         kept["UV_FIND_LINKS"] = ",".join(filter(None, [kept.get("UV_FIND_LINKS", ""), str(links)]))
     return {"PATH": "/usr/bin:/bin", **kept}

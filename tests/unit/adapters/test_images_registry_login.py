@@ -12,8 +12,8 @@ import pytest
 
 from modelyard.adapters import urls
 from modelyard.adapters.images_registry_login import Login, login
-from modelyard.adapters.images_registry_proxy import loopback
 from modelyard.core.errors import Invalid
+from modelyard.kernel.proxies import loopback
 
 AUTH = base64.b64encode(b"somebody:pass:word").decode()
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
 import pytest
 from yarl import URL
 
 from modelyard.adapters import urls
-from modelyard.adapters.images_registry_proxy import through
-from modelyard.core.errors import Invalid
+from modelyard.core.errors import BuildFailed, Invalid
+from modelyard.image_builder.fetch import fetch
 from modelyard.image_builder.uv import environment
+from modelyard.kernel.proxies import through
 
 NAMES = ("https_proxy", "http_proxy", "all_proxy", "no_proxy")
 
@@ -85,3 +92,49 @@ def test_uv_gets_them_and_goes_to_loopback_by_itself(monkeypatch: pytest.MonkeyP
     kept = environment()
     assert kept["HTTPS_PROXY"] == "http://any:3"
     assert kept["NO_PROXY"] == kept["no_proxy"] == "r.example,localhost,127.0.0.1,::1"
+
+
+class Seen(BaseHTTPRequestHandler):
+    """A proxy, and a server of files: it keeps what it was asked for."""
+
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(302 if self.path.endswith("/moved") else 200)
+        self.send_header("Location", "http://mirror.example/tiny")
+        self.send_header("Content-Length", "4")
+        self.end_headers()
+        self.wfile.write(b"tiny")
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[str]]]:
+    """Where it is, and what it was asked for."""
+    asked: list[str] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Seen,), {"asked": asked})) as found:
+        thread = threading.Thread(target=found.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{found.server_port}", asked
+        found.shutdown()
+        thread.join()
+
+
+def test_a_file_of_an_index_comes_through_it(
+    server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:
+    """As uv goes: a redirect as well, and past it to this machine and to what NO_PROXY names."""
+    url, asked = server
+    sha256 = hashlib.sha256(b"tiny").hexdigest()
+    monkeypatch.setenv("HTTP_PROXY", url)
+    fetch("http://index.example/moved", tmp_path / "a", sha256, {})
+    assert asked == ["http://index.example/moved", "http://mirror.example/tiny"]
+    fetch(f"{url}/near", tmp_path / "b", sha256, {})
+    assert asked[2:] == ["/near"]
+    monkeypatch.setenv("HTTP_PROXY", "ftp://p:hunter2@p")
+    with pytest.raises(BuildFailed, match="a proxy is http") as found:
+        fetch("http://index.example/tiny", tmp_path / "c", sha256, {})
+    assert "hunter2" not in found.value.message

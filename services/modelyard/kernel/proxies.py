@@ -1,11 +1,12 @@
-"""Which proxy a call to a registry goes through: what HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY say, as curl and
-uv read them. They are looked at anew for each call, where a redirect leads as well."""
+"""Which proxy a call of ours goes through: what HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY say, as curl and uv
+read them. They are looked at anew for each call, where a redirect leads as well."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import re
+from collections.abc import Mapping
 
 from yarl import URL
 
@@ -13,6 +14,8 @@ from ..core.errors import Invalid
 
 OFF = "off"
 NAMED = "HTTPS_PROXY, HTTP_PROXY and NO_PROXY"
+NEAR = ("localhost", "127.0.0.1", "::1")
+"""What no proxy leads to, in the words of NO_PROXY."""
 
 
 def loopback(host: str) -> bool:
@@ -34,6 +37,15 @@ def through(url: URL, wanted: str = "") -> URL | None:
     return checked(wanted)
 
 
+def told(environment: Mapping[str, str]) -> dict[str, str]:
+    """What another program needs besides to choose as ``through`` does: nothing, where no proxy is named."""
+    if not any(environment.get(name) or environment.get(name.upper())
+               for name in ("https_proxy", "http_proxy", "all_proxy")):
+        return {}
+    direct = ",".join(filter(None, [environment.get("no_proxy") or environment.get("NO_PROXY"), *NEAR]))
+    return {"NO_PROXY": direct, "no_proxy": direct}
+
+
 def checked(text: str) -> URL:
     """A proxy's URL; without a scheme it is ``http``."""
     try:
@@ -42,7 +54,7 @@ def checked(text: str) -> URL:
     except ValueError:
         fits = False
     if not fits:  # the text may hold a password
-        raise Invalid(f"a proxy for registries is http://[USER:PASSWORD@]HOST:PORT; mend what {NAMED} say, or proxy= "
+        raise Invalid(f"a proxy is http://[USER:PASSWORD@]HOST:PORT; mend what {NAMED} say, or proxy= "
                       "in the URL of images")
     return proxy
 
