@@ -12,24 +12,29 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from ..core.errors import Invalid, ModelyardError
-from .calls import too_large
+from .calls import UnknownEncoding, too_large
 from .dataplane import DataPlane
+from .http_server import Refuse, Runner
 from .rest import Reply, Site, refusal
 from .transport import BACKLOG, Tls, Transport, listen
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 KEEP_ALIVE_S = 75
 SHUTDOWN_S = 2.0
+ENCODINGS = ("gzip", "deflate")
+"""Of bodies; aiohttp takes them off, what others it may know besides is chance."""
 
 
 class HttpSite:
-    """An aiohttp application on ``host:port`` or ``unix:PATH``; port 0 gives a free one."""
+    """An aiohttp application on ``host:port`` or ``unix:PATH``; port 0 gives a free one. ``refuse`` answers what cannot
+    be read."""
 
     def __init__(self, address: str, app: web.Application, shutdown_s: float = SHUTDOWN_S,
-                 tls: Tls | None = None) -> None:
+                 tls: Tls | None = None, refuse: Refuse | None = None) -> None:
         self.address, self.tls = address, tls
-        self.runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=shutdown_s,
-                                    handler_cancellation=True, keepalive_timeout=KEEP_ALIVE_S)
+        self.runner = Runner(app, refuse or (lambda status, why: respond(refusal(status, why))), access_log=None,
+                             handle_signals=False, shutdown_timeout=shutdown_s, handler_cancellation=True,
+                             keepalive_timeout=KEEP_ALIVE_S)
         self._site: web.BaseSite | None = None
 
     async def start(self) -> str:
@@ -61,8 +66,8 @@ class RestTransport(Transport):
     def __init__(self, address: str, plane: DataPlane, tls: Tls | None = None) -> None:
         self._plane, self._site = plane, Site(plane)
         app = web.Application(client_max_size=plane.limits.max_message_bytes, middlewares=[self._around])
-        app.router.add_route("*", "/{path:.*}", self._handle)  # the routes are the site's
-        self._http = HttpSite(address, app, tls=tls)
+        app.router.add_route("*", "/{path:.*}", self._handle, expect_handler=self._expected)  # the routes are the site's
+        self._http = HttpSite(address, app, tls=tls, refuse=self._refused)
 
     async def start(self) -> str:
         return await self._http.start()
@@ -79,6 +84,18 @@ class RestTransport(Transport):
         while self._plane.metrics.in_flight and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110 - counted
             await asyncio.sleep(0.02)
         await self._http.close()
+
+    def _refused(self, status: int, why: str) -> web.Response:
+        return respond(self._site.unread(status, why))
+
+    async def _expected(self, request: web.Request) -> web.StreamResponse | None:
+        """None: the caller waited for a word, and has it."""
+        if (expected := request.headers["Expect"]).lower() != "100-continue":
+            return self._refused(417, f"nothing is known of 'Expect: {expected}'; leave it out, or send 100-continue")
+        if request.version == (1, 1):
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
+        return None
 
     @web.middleware
     async def _around(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -104,6 +121,9 @@ class RestTransport(Transport):
 
     async def _body(self, request: web.Request) -> bytes:
         limit = self._plane.limits.max_message_bytes
+        packed = request.headers.get("content-encoding", "").strip().lower()
+        if packed not in ("", "identity", *ENCODINGS):
+            raise UnknownEncoding(packed, ENCODINGS)
         if request.content_length is not None and request.content_length > limit:
             raise too_large(limit, request.content_length)
         try:
@@ -111,7 +131,12 @@ class RestTransport(Transport):
         except web.HTTPRequestEntityTooLarge as exc:
             raise too_large(limit) from exc
         except web.RequestPayloadError as exc:
-            raise Invalid(f"the body cannot be read: {exc}") from exc
+            raise Invalid(f"the body cannot be read: {_said(exc)}") from exc
+
+
+def _said(exc: Exception) -> str:
+    """What aiohttp's parser says, without its drawing of the place."""
+    return str(exc).partition("message:")[2].strip().partition("\n")[0].rstrip(":") or "it ends too soon"
 
 
 def respond(reply: Reply) -> web.Response:
