@@ -53,8 +53,8 @@ class UnknownEncoding(Invalid):
     code = "unsupported-encoding"
 
     def __init__(self, encoding: str, known: Sequence[str]) -> None:
-        super().__init__(f"bodies in the content encoding '{encoding}' are not taken; send {' or '.join(known)}, or the "
-                         "plain bytes without Content-Encoding")
+        super().__init__(f"bodies in the content encoding '{encoding}' are not taken; send {' or '.join(known)}, or "
+                         "the plain bytes without Content-Encoding")
 
 
 class Cancelled(ModelyardError):

@@ -14,7 +14,7 @@ Refuse = Callable[[int, str], web.Response]
 """A status and what is wrong → the reply."""
 HEAD_TOO_LARGE = "the request's head is too large: a line has at most 8,190 bytes, and there are at most 128"
 """aiohttp's limits."""
-PACKED = "bodies in this content encoding are not taken; send gzip or deflate, or the plain bytes without Content-Encoding"
+PACKED = "bodies in this content encoding are not taken; send gzip or deflate, or the plain bytes"
 UNREAD = (http_exceptions.HttpProcessingError, web.RequestPayloadError)
 
 

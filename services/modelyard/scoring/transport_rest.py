@@ -66,7 +66,8 @@ class RestTransport(Transport):
     def __init__(self, address: str, plane: DataPlane, tls: Tls | None = None) -> None:
         self._plane, self._site = plane, Site(plane)
         app = web.Application(client_max_size=plane.limits.max_message_bytes, middlewares=[self._around])
-        app.router.add_route("*", "/{path:.*}", self._handle, expect_handler=self._expected)  # the routes are the site's
+        # the routes are the site's
+        app.router.add_route("*", "/{path:.*}", self._handle, expect_handler=self._expected)
         self._http = HttpSite(address, app, tls=tls, refuse=self._refused)
 
     async def start(self) -> str:
