@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import http.client
-import ipaddress
 import json
 import os
 import socket
-import ssl
 import subprocess
 import threading
 import time
@@ -118,71 +114,6 @@ async def test_connections_end_by_age_without_a_failed_call(tmp_path: Path, monk
                     assert made < 20_000, "the connection is never sent away"
         assert client.goaway == 0
         await server.stop(5)
-
-
-def certificates(folder: Path) -> dict[str, Path]:
-    """An authority, a server and a client that it signed, and a client that another one signed."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    now, found = datetime.datetime.now(datetime.UTC), {}
-
-    def make(name: str, issuer: tuple[x509.Name, ec.EllipticCurvePrivateKey] | None) \
-            -> tuple[x509.Name, ec.EllipticCurvePrivateKey]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        cert = (x509.CertificateBuilder().subject_name(subject).issuer_name(issuer[0] if issuer else subject)
-                .public_key(key.public_key()).serial_number(x509.random_serial_number())
-                .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
-                .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-                .add_extension(x509.SubjectAlternativeName(
-                    [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-                .sign(issuer[1] if issuer else key, hashes.SHA256()))
-        for suffix, data in (("crt", cert.public_bytes(serialization.Encoding.PEM)),
-                             ("key", key.private_bytes(serialization.Encoding.PEM,
-                                                       serialization.PrivateFormat.PKCS8,
-                                                       serialization.NoEncryption()))):
-            found[f"{name}.{suffix}"] = folder / f"{name}.{suffix}"
-            found[f"{name}.{suffix}"].write_bytes(data)
-        return subject, key
-
-    authority = make("ca", None)
-    make("server", authority)
-    make("client", authority)
-    make("stranger", make("other", None))
-    return found
-
-
-def credentials(files: dict[str, Path], client: str = "") -> grpc.ChannelCredentials:
-    pair = (files[f"{client}.key"].read_bytes(), files[f"{client}.crt"].read_bytes()) if client else (None, None)
-    return grpc.ssl_channel_credentials(files["ca.crt"].read_bytes(), *pair)
-
-
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_tls_and_a_client_that_must_be_known(tmp_path: Path, transport: str) -> None:
-    files = certificates(tmp_path)
-    arguments = ("--tls-cert", str(files["server.crt"]), "--tls-key", str(files["server.key"]))
-    with serving(tmp_path / "tls", transport, arguments=arguments) as served:
-        with grpc.secure_channel(served.address, credentials(files)) as channel:
-            assert outcome(channel.unary_unary(INFER)(ask(), timeout=10)).tolist() == [0]
-        with grpc.insecure_channel(served.address) as channel:
-            assert failed(lambda: channel.unary_unary(INFER)(ask(), timeout=5)).code() == grpc.StatusCode.UNAVAILABLE
-        known = ssl.create_default_context(cafile=files["ca.crt"])
-        rest = http.client.HTTPSConnection(served.replica.http, context=known, timeout=10)
-        for body in (b'{"x": [1]}', iter((b'{"x": ', b"[1]}"))):  # the second one in chunks
-            rest.request("POST", "/score", body)
-            assert json.load(rest.getresponse()) == {"x": [1]}
-        rest.close()
-    arguments += ("--tls-client-ca", str(files["ca.crt"]))
-    with serving(tmp_path / "mtls", transport, arguments=arguments) as served:
-        with grpc.secure_channel(served.address, credentials(files, "client")) as channel:
-            assert outcome(channel.unary_unary(INFER)(ask(), timeout=10)).tolist() == [0]
-        for client in ("", "stranger"):
-            with grpc.secure_channel(served.address, credentials(files, client)) as channel:
-                error = failed(lambda c=channel: c.unary_unary(INFER)(ask(), timeout=5))
-                assert error.code() == grpc.StatusCode.UNAVAILABLE, client
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
-"""No answered call is lost when server and shipper are killed together, again and again, under load."""
+"""No answered call is lost when server and shipper are killed together, again and again, under load: by REST, and by
+gRPC on both transports, call by call and in streams."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import signal
@@ -14,17 +14,25 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
+import numpy as np
 import pytest
 
+from modelyard.core.inference import Inference, write_request
 from modelyard.core.layout import segments_prefix
+from modelyard.core.tensors import Tensor
 from modelyard.telemetry import rows
 from modelyard.telemetry.model import Process
 from modelyard.telemetry.spans import Span
+from tests.contract.transports import INFER, STREAM, streamed
 from tests.unit.scoring.roots import make_root
 from tests.unit.telemetry.bench import Bench, bench
 
-KILLS, CALLS, CLIENTS = 20, 20_400, 12
-SCORE = "def init():\n    pass\n\n\ndef run(data):\n    return {'sum': sum(data['data'])}\n"
+CLIENTS = 12
+AHEAD = 4
+"""Messages of a stream that wait for their answers."""
+SCORE = "def init():\n    pass\n\n\ndef run(data):\n    return {'sum': float(sum(data['data']))}\n"
+OWN_CHANNEL = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
 
 
 @dataclass
@@ -34,10 +42,11 @@ class Life:
     server: subprocess.Popen[bytes]
     shipper: subprocess.Popen[bytes]
     socket: Path
+    grpc: str
     log: Path
 
     @classmethod
-    def begin(cls, root: Path, folder: Path, number: int, grant: str) -> Life:
+    def begin(cls, root: Path, folder: Path, number: int, grant: str, transport: str) -> Life:
         base = getattr(sys, "_base_executable", sys.executable)
         launch = [base, "-I", "-S", str(root / "launch.py")]
         socket, log = folder / f"{number}.http", folder / f"{number}.log"
@@ -46,12 +55,12 @@ class Life:
         with log.open("wb") as out:
             server = subprocess.Popen(
                 [*launch, "serve", "--grpc", f"unix:{folder}/{number}.grpc", "--http", f"unix:{socket}", "--admin",
-                 f"unix:{folder}/{number}.admin", "--spool", str(folder / "spool")],
+                 f"unix:{folder}/{number}.admin", "--spool", str(folder / "spool"), "--transport", transport],
                 env=environ, stdout=out, stderr=out, process_group=0)
             shipper = subprocess.Popen(
                 [*launch, "ship", "--spool", str(folder / "spool"), "--grant", grant], env=environ, stdout=out,
                 stderr=out, process_group=server.pid)
-        return cls(server, shipper, socket, log)
+        return cls(server, shipper, socket, f"unix:{folder}/{number}.grpc", log)
 
     def kill(self) -> None:
         """SIGKILL to both at once."""
@@ -85,52 +94,97 @@ async def score(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, requ
     return int(head.split(b" ", 2)[1])
 
 
+def message(request_id: str) -> bytes:
+    return write_request(Inference("iris", id=request_id, tensors=[Tensor("data", np.arange(3.0))]))
+
+
+async def connected(channel: grpc.aio.Channel) -> None:
+    """Raises TimeoutError, an OSError, when nobody is there."""
+    async with asyncio.timeout(2):
+        await channel.channel_ready()
+
+
 @dataclass
 class Load:
     """Clients that call without pause; ``answered`` are the request ids whose answer came whole."""
 
+    kind: str = "score"
     answered: list[str] = field(default_factory=list)
-    cut: int = 0
+    begun: int = 0
     target: Life | None = None
     pause_s: float = 0.0
     """Between two calls of a client, while the next server needs the machine to start."""
-    numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    @property
+    def cut(self) -> int:
+        """Calls that were begun on a connection, and never answered."""
+        return self.begun - len(self.answered)
 
     async def client(self) -> None:
+        call = getattr(self, self.kind)
         while (life := self.target) is not None:
             try:
-                reader, writer = await asyncio.open_unix_connection(str(life.socket))
-            except OSError:
+                await call(life)
+            except (OSError, asyncio.IncompleteReadError, grpc.aio.AioRpcError):
                 await asyncio.sleep(0.005)
-                continue
-            try:
-                while self.target is life:
-                    request_id = f"call-{next(self.numbers)}"
-                    if await score(reader, writer, request_id) == 200:
-                        self.answered.append(request_id)
-                    await asyncio.sleep(self.pause_s)
-            except (OSError, asyncio.IncompleteReadError):
-                self.cut += 1
-            finally:
-                writer.close()
+
+    def next_id(self) -> str:
+        self.begun += 1
+        return f"call-{self.begun}"
+
+    async def score(self, life: Life) -> None:
+        reader, writer = await asyncio.open_unix_connection(str(life.socket))
+        try:
+            while self.target is life:
+                request_id = self.next_id()
+                if await score(reader, writer, request_id) == 200:
+                    self.answered.append(request_id)
+                await asyncio.sleep(self.pause_s)
+        finally:
+            writer.close()
+
+    async def unary(self, life: Life) -> None:
+        async with grpc.aio.insecure_channel(life.grpc, OWN_CHANNEL) as channel:
+            await connected(channel)
+            infer = channel.unary_unary(INFER)
+            while self.target is life:
+                request_id = self.next_id()
+                await infer(message(""), metadata=[("x-request-id", request_id)], timeout=20)
+                self.answered.append(request_id)
+                await asyncio.sleep(self.pause_s)
+
+    async def stream(self, life: Life) -> None:
+        async with grpc.aio.insecure_channel(life.grpc, OWN_CHANNEL) as channel:
+            await connected(channel)
+            call = channel.stream_stream(STREAM)(timeout=60)
+            for _ in range(AHEAD):
+                await call.write(message(self.next_id()))
+            while self.target is life:
+                if (answer := await call.read()) is grpc.aio.EOF:
+                    return
+                told = streamed(answer)
+                assert not told.error_message, told.error_message
+                self.answered.append(told.infer_response.id)
+                await call.write(message(self.next_id()))
+                await asyncio.sleep(self.pause_s)
 
 
-async def attack(root: Path, folder: Path, grant: str) -> Load:
+async def attack(root: Path, folder: Path, grant: str, kind: str, transport: str, kills: int, calls: int) -> Load:
     """Kills life after life under load; the next one is warm already, so that calls never rest long."""
-    load = Load()
-    lives = [Life.begin(root, folder, 0, grant)]
+    load = Load(kind)
+    lives = [Life.begin(root, folder, 0, grant, transport)]
     try:
         await lives[0].ready()
         load.target = lives[0]
         clients = [asyncio.create_task(load.client()) for _ in range(CLIENTS)]
-        for number in range(1, KILLS + 1):
-            following = Life.begin(root, folder, number, grant)
+        for number in range(1, kills + 1):
+            following = Life.begin(root, folder, number, grant, transport)
             lives.append(following)
             load.pause_s = 0.02
             await following.ready()
             load.pause_s = 0.0
-            full = len(load.answered) + CALLS // KILLS // 2
-            while len(load.answered) < full or len(load.answered) < CALLS * number // KILLS:
+            full = len(load.answered) + calls // kills // 2
+            while len(load.answered) < full or len(load.answered) < calls * number // kills:
                 await asyncio.sleep(0.002)
             await asyncio.to_thread(lives[-2].kill)
             load.target = following
@@ -152,13 +206,17 @@ async def collect(here: Bench) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
-async def test_no_answered_call_is_lost(tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+@pytest.mark.parametrize(("kind", "transport", "kills", "calls"), [
+    ("score", "h2", 20, 20_400), ("unary", "h2", 5, 2_500), ("stream", "h2", 5, 5_000), ("unary", "grpc", 5, 2_500),
+    ("stream", "grpc", 5, 5_000)], ids=["rest", "h2", "h2 stream", "grpc", "grpc stream"])
+async def test_no_answered_call_is_lost(tmp_path: Path, record_property: pytest.RecordProperty, kind: str,
+                                        transport: str, kills: int, calls: int) -> None:
     async with bench(tmp_path / "data") as here:
         await here.deployed()
         grant = await here.ctx.grants.lend("default", "iris", 600)
         root = make_root(tmp_path / "root", SCORE)
         began = time.monotonic()
-        load = await attack(root, tmp_path, grant)
+        load = await attack(root, tmp_path, grant, kind, transport, kills, calls)
         attacked = time.monotonic() - began
         done = await asyncio.to_thread(subprocess.run, [
             sys.executable, str(root / "launch.py"), "ship", "--spool", str(tmp_path / "spool"), "--grant", grant,
@@ -167,13 +225,15 @@ async def test_no_answered_call_is_lost(tmp_path: Path, record_property: pytest.
         assert [p.name for p in (tmp_path / "spool").iterdir()] == []
         found = await collect(here)
         ids = [str(row["request_id"]) for row in found]
-        figures = {"answered": len(load.answered), "cut": load.cut, "recorded": len(found), "kills": KILLS,
+        figures = {"answered": len(load.answered), "cut": load.cut, "recorded": len(found), "kills": kills,
                    "missing": len(set(load.answered) - set(ids)), "attack_s": round(attacked, 1)}
         record_property("figures", figures)
         print(figures)
-        assert figures["answered"] >= 20_000 and load.cut >= KILLS
+        assert figures["answered"] >= calls * 0.98 and load.cut >= kills
         assert figures["missing"] == 0
         assert len({(row["replica"], row["sequence"]) for row in found}) == len(found), "nothing twice"
         processes = await here.ctx.store.find(Process, limit=1000)
-        assert len(processes) == KILLS + 1
+        assert len(processes) == kills + 1
         assert {p.state for p in processes} == {"open-ended"}, "killed, and nothing missing"
+        status, proof = await here.get("/v1/capture/iris/verify")
+        assert status == 200 and proof["complete"] is True and not proof["totals"]["missing"], proof

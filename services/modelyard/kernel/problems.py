@@ -29,6 +29,7 @@ BY_CODE: dict[str, int] = {
     "stale": 412,
     "unsupported-media-type": 415,
     "misdirected": 421,
+    "head-too-large": 431,
     "internal": 500,
     "misrouted": 502,
 }
@@ -39,7 +40,8 @@ BY_CLASS: tuple[tuple[type[ModelyardError], int], ...] = (
 TITLES = {
     400: "The request cannot be read", 401: "Credentials are needed", 403: "Not allowed", 404: "Not found",
     405: "Method not allowed", 409: "In conflict with what is there", 412: "A precondition does not hold",
-    413: "Too large", 415: "Unsupported media type", 421: "Not a host of this server", 422: "The request is not valid",
+    413: "Too large", 415: "Unsupported media type", 421: "Not a host of this server",
+    422: "The request is not valid", 431: "The head is too large",
     500: "Something went wrong here", 502: "The owner of this route cannot be found", 503: "Not available now",
 }
 HELP = {
@@ -98,7 +100,7 @@ def answer(exc: ModelyardError, request_id: str = "") -> web.Response:
 
 CLASSES: dict[int, type[ModelyardError]] = {
     400: Invalid, 415: Invalid, 421: Invalid, 422: Invalid, 401: Denied, 403: Denied, 404: NotFound, 405: Invalid,
-    409: Conflict, 412: Conflict, 413: TooLarge,
+    409: Conflict, 412: Conflict, 413: TooLarge, 431: Invalid,
 }
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from aiohttp import web
+from aiohttp import http_exceptions, web
+from aiohttp.web_protocol import RequestHandler
 
 from ..core.errors import Invalid
+from ..core.events import event_id
 from ..ports import Port
 from ..ports.bus import EventBus
 from . import feed, health, letters, openapi
 from .forward import Peers
 from .guard import Guard
+from .problems import answer
 from .service import Context, Service
-from .web import Route, application, forward_to, mount
+from .web import Route, application, count_unread, forward_to, mount
 
 GRACE_S = 20.0
 BACKLOG = 1024
@@ -58,8 +62,8 @@ class Server:
     """An application on a port. ``stop`` ends streams and long polls, answers what is in flight, within 20 s."""
 
     def __init__(self, app: web.Application) -> None:
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE_S, keepalive_timeout=75,
-                                     handler_cancellation=False, auto_decompress=False)
+        self._runner = _Runner(app, access_log=None, shutdown_timeout=GRACE_S, keepalive_timeout=75,
+                               handler_cancellation=False, auto_decompress=False)
 
     async def start(self, host: str, port: int) -> int:
         """Listens, and gives the port (of use when ``port`` is 0). Invalid names a port or host that cannot be had."""
@@ -74,6 +78,43 @@ class Server:
     async def stop(self) -> None:
         """Stopping twice is fine."""
         await self._runner.cleanup()
+
+
+class _Runner(web.AppRunner):
+    """aiohttp's, but for what its parser cannot read: that is a problem like any other, and no traceback."""
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return _Listening(made.request_handler, request_factory=made.request_factory,
+                          handler_cancellation=made.handler_cancellation, loop=made._loop, **made._kwargs)
+
+
+class _Listening(web.Server):
+    def __call__(self) -> RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Connection(RequestHandler):
+    __slots__ = ()
+
+    def handle_error(self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None,
+                     message: str | None = None) -> web.StreamResponse:
+        if not isinstance(exc, http_exceptions.HttpProcessingError):
+            return super().handle_error(request, status, exc, message)
+        if isinstance(exc, http_exceptions.LineTooLong) or exc.message.startswith("Too many headers"):
+            error = Invalid("the request's head is too large: a line has at most 8,190 bytes, and there are at most "
+                            "128", code="head-too-large")
+        else:
+            said = exc.message.partition("\n\n")[0].replace(":\n ", ":").rstrip(":")  # not the drawing of the place
+            error = Invalid(f"the request cannot be read: {said}", code="malformed")
+        told = answer(error, event_id())
+        count_unread(told.status)
+        told.force_close()
+        return told
+
+    def log_exception(self, *args: Any, **how: Any) -> None:
+        if not isinstance(how.get("exc_info"), (http_exceptions.HttpProcessingError, web.RequestPayloadError)):
+            super().log_exception(*args, **how)
 
 
 def _refused(host: str, port: int, exc: OSError) -> Invalid:

@@ -185,6 +185,11 @@ def _key(route: web.AbstractRoute) -> str:
     return f"{route.method} {route.resource.canonical if route.resource else '?'}"
 
 
+def count_unread(status: int) -> None:
+    """A request that never became one, because it could not be read."""
+    REQUESTS.labels("kernel", "other", "unread", str(status)).inc()
+
+
 def _count(request: web.Request, status: int, took: float) -> None:
     route = request.match_info.route
     known = route.resource is not None

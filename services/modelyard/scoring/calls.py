@@ -47,6 +47,16 @@ class WrongRows(ScoringFailed):
     """What scoring code returned for several calls cannot be given back to them: all of them have failed."""
 
 
+class UnknownEncoding(Invalid):
+    """The body is packed in a way that is not known."""
+
+    code = "unsupported-encoding"
+
+    def __init__(self, encoding: str, known: Sequence[str]) -> None:
+        super().__init__(f"bodies in the content encoding '{encoding}' are not taken; send {' or '.join(known)}, or "
+                         "the plain bytes without Content-Encoding")
+
+
 class Cancelled(ModelyardError):
     """The caller went away before its answer was there."""
 
@@ -61,6 +71,7 @@ STATUSES: tuple[tuple[type[ModelyardError], str, int], ...] = (
     (Cancelled, "CANCELLED", 499),
     (Unavailable, "UNAVAILABLE", 503),
     (NotFound, "NOT_FOUND", 404),
+    (UnknownEncoding, "INVALID_ARGUMENT", 415),
     (Invalid, "INVALID_ARGUMENT", 400),
     (ModelyardError, "INTERNAL", 500),
 )

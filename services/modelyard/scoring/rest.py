@@ -102,6 +102,12 @@ class Site:
         return Reply(statuses(error)[1], f"Content-Type: {PROBLEM}\r\n{_retry(error)}",
                      problem(error, request_id(headers.get("x-request-id"))))
 
+    def unread(self, status: int, why: str) -> Reply:
+        """For what cannot be read as a request; of whom it was, and of what, nobody knows."""
+        error = Invalid(why) if status < 500 else ModelyardError(why)
+        self._plane.refused("rest", error, scoring=False)
+        return refusal(status, why)
+
     def answered(self, answer: Answer) -> Reply:
         """For a call that the plane has answered, well or not."""
         before, between, length = _constant(answer.body_type, answer.model, self._plane.deployment)
@@ -158,11 +164,11 @@ class Site:
         return told(describe(self._plane.deployment, runner, int(version)))
 
 
-def refusal(status: int, allow: str = "") -> Reply:
+def refusal(status: int, why: str = "", allow: str = "") -> Reply:
     """For a request that is none of ours."""
     reason = HTTPStatus(status).phrase
-    body = {"type": "about:blank", "title": reason, "status": status, "detail": reason,
-            "code": reason.lower().replace(" ", "-"), "error": reason}
+    body = {"type": "about:blank", "title": reason, "status": status, "detail": why or reason,
+            "code": reason.lower().replace(" ", "-"), "error": why or reason}
     return Reply(status, f"Content-Type: {PROBLEM}\r\n" + (f"Allow: {allow}\r\n" if allow else ""), orjson.dumps(body))
 
 
@@ -172,7 +178,7 @@ def exposition(plane: DataPlane) -> Reply:
 
 
 def _refusing(status: int, allow: str = "") -> Found:
-    return Found(lambda found, query: refusal(status, allow))
+    return Found(lambda found, query: refusal(status, allow=allow))
 
 
 @lru_cache(1024)

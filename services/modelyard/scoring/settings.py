@@ -106,10 +106,9 @@ def _tls(args: argparse.Namespace) -> Tls | None:
         return None
     if cert is None or key is None:
         raise Invalid("TLS needs --tls-cert and --tls-key together")
-    for path in given:
-        if path is not None and not path.is_file():
-            raise Invalid(f"{path} is not there (--tls-cert, --tls-key, --tls-client-ca)")
-    return Tls(cert, key, client_ca)
+    tls = Tls(cert, key, client_ca)
+    tls.check()
+    return tls
 
 
 def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:

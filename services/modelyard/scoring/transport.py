@@ -32,6 +32,35 @@ class Tls:
     key: Path
     client_ca: Path | None = None
 
+    def check(self) -> None:
+        """Raises Invalid, which names the file that cannot be used, and why. No library under a transport does."""
+        import ssl
+
+        for flag, path in (("--tls-cert", self.cert), ("--tls-key", self.key), ("--tls-client-ca", self.client_ca)):
+            if path is not None:
+                _readable(flag, path)
+        for flag, path in (("--tls-cert", self.cert), ("--tls-client-ca", self.client_ca)):
+            try:
+                if path is not None:
+                    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path)
+            except ssl.SSLError as exc:
+                raise Invalid(f"{path} ({flag}) is no certificate in PEM: {_said(exc)}") from exc
+        locked = []
+
+        def passphrase() -> str:
+            locked.append(self.key)
+            return "none"
+
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.cert, self.key, passphrase)
+        except ssl.SSLError as exc:
+            if locked:
+                raise Invalid(f"{self.key} (--tls-key) is locked by a passphrase, which nobody can give here; write "
+                              "the key without one") from exc
+            if exc.reason == "KEY_VALUES_MISMATCH":
+                raise Invalid(f"{self.key} (--tls-key) is not the key of {self.cert} (--tls-cert)") from exc
+            raise Invalid(f"{self.key} (--tls-key) is no key in PEM: {_said(exc)}") from exc
+
     def read(self) -> tuple[bytes, bytes, bytes | None]:
         """(certificate chain, key, authorities). Raises OSError."""
         return self.cert.read_bytes(), self.key.read_bytes(), self.client_ca.read_bytes() if self.client_ca else None
@@ -45,6 +74,21 @@ class Tls:
         if self.client_ca is not None:
             made.verify_mode = ssl.CERT_REQUIRED
         return made
+
+
+def _readable(flag: str, path: Path) -> None:
+    try:
+        with path.open("rb"):
+            return
+    except FileNotFoundError as exc:
+        raise Invalid(f"{path} is not there ({flag})") from exc
+    except OSError as exc:
+        raise Invalid(f"{path} ({flag}) cannot be read: {exc.strerror}") from exc
+
+
+def _said(exc: ssl.SSLError) -> str:
+    """OpenSSL's reason in words; of Python's own line, which names a place in C, nothing else."""
+    return (exc.reason or "it cannot be read").lower().replace("_", " ")
 
 
 class Transport(ABC):

@@ -12,13 +12,16 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from ..core.errors import Invalid, ModelyardError
-from .calls import too_large
+from .calls import UnknownEncoding, too_large
 from .dataplane import DataPlane
+from .http_server import Runner
 from .rest import SERVER, Reply, Site, refusal
 from .transport import BACKLOG, Tls, Transport, listen
 from .transport_direct import KEEP_ALIVE_S, SHUTDOWN_S
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+ENCODINGS = ("gzip", "deflate")
+"""Of bodies; aiohttp takes them off, what others it may know besides is chance."""
 
 
 class RestTransport(Transport):
@@ -30,10 +33,11 @@ class RestTransport(Transport):
     def __init__(self, address: str, plane: DataPlane, tls: Tls | None = None, site: Site | None = None) -> None:
         self._address, self._plane, self._tls, self._site = address, plane, tls, site or Site(plane)
         app = web.Application(client_max_size=plane.limits.max_message_bytes, middlewares=[self._around])
-        app.router.add_route("*", "/{path:.*}", self._handle)  # the routes are the site's
+        # the routes are the site's
+        app.router.add_route("*", "/{path:.*}", self._handle, expect_handler=self._expected)
         app.on_response_prepare.append(_name_us)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S,
-                                     handler_cancellation=True, keepalive_timeout=KEEP_ALIVE_S)
+        self._runner = Runner(app, self._refused, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S,
+                              handler_cancellation=True, keepalive_timeout=KEEP_ALIVE_S)
         self._listening: web.BaseSite | None = None
 
     async def start(self) -> str:
@@ -65,6 +69,20 @@ class RestTransport(Transport):
             await asyncio.sleep(0.02)
         await self._runner.cleanup()
 
+    def _refused(self, status: int, why: str) -> web.Response:
+        response = respond(self._site.unread(status, why))
+        response.headers["Server"] = SERVER
+        return response
+
+    async def _expected(self, request: web.Request) -> web.StreamResponse | None:
+        """None: the caller waited for a word, and has it."""
+        if (expected := request.headers["Expect"]).lower() != "100-continue":
+            return self._refused(417, f"nothing is known of 'Expect: {expected}'; leave it out, or send 100-continue")
+        if request.version == (1, 1):
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
+        return None
+
     @web.middleware
     async def _around(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
@@ -91,6 +109,9 @@ class RestTransport(Transport):
 
     async def _body(self, request: web.Request) -> bytes:
         limit = self._plane.limits.max_message_bytes
+        packed = request.headers.get("content-encoding", "").strip().lower()
+        if packed not in ("", "identity", *ENCODINGS):
+            raise UnknownEncoding(packed, ENCODINGS)
         if request.content_length is not None and request.content_length > limit:
             raise too_large(limit, request.content_length)
         try:
@@ -98,7 +119,12 @@ class RestTransport(Transport):
         except web.HTTPRequestEntityTooLarge as exc:
             raise too_large(limit) from exc
         except web.RequestPayloadError as exc:
-            raise Invalid(f"the body cannot be read: {exc}") from exc
+            raise Invalid(f"the body cannot be read: {_said(exc)}") from exc
+
+
+def _said(exc: Exception) -> str:
+    """What aiohttp's parser says, without its drawing of the place."""
+    return str(exc).partition("message:")[2].strip().partition("\n")[0].rstrip(":") or "it ends too soon"
 
 
 def respond(reply: Reply) -> web.Response:

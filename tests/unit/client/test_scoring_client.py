@@ -17,7 +17,7 @@ from modelyard import AsyncScoringClient, ScoringClient
 from modelyard.client import Tls
 from modelyard.core.errors import Invalid, ModelyardError, NotFound, Unavailable
 from modelyard.core.tensors import DATATYPES
-from tests.contract.test_transport_life import certificates
+from tests.contract.test_transport_tls import certificates
 from tests.unit.client.servers import ran, serving
 from tests.unit.scoring.roots import Replica, free_ports, launch, make_root
 

@@ -91,6 +91,39 @@ async def test_refusals_are_problems_and_name_what_is_allowed(plane: DataPlane, 
             assert answer.headers["content-type"] == "application/problem+json" and answer.headers.get("allow") == allow
 
 
+UNREAD = {name: sent for name, (sent, [status, *_]) in LAST.items() if status >= 400}
+
+
+async def test_what_cannot_be_read_is_a_problem_counted_and_not_logged(
+        plane: DataPlane, carrier: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with carried(plane, carrier) as (_, address):
+        for name, sent in {**UNREAD, "no expectation": OTHERS["another expectation"][0],
+                           "packed oddly": OTHERS["an unknown encoding"][0]}.items():
+            before = refusals(plane)
+            async with calling(address) as caller:
+                answer, = await exchange(caller, sent, 1)
+                problem = json.loads(answer.body)
+                assert answer.headers["content-type"] == "application/problem+json", name
+                assert problem["status"] == answer.status and len(problem["detail"]) > 20, (name, problem)
+                assert refusals(plane) == before + 1, name
+                assert await caller.ended() if name in UNREAD else await caller.is_open(), name
+    assert not caplog.records and plane.metrics.in_flight == 0
+
+
+async def test_a_fault_of_ours_is_logged(plane: DataPlane, caplog: pytest.LogCaptureFixture) -> None:
+    """As before: what is quiet is what callers do wrong."""
+    async with carried(plane, "aiohttp") as (transport, address), calling(address) as caller:
+        transport._site.find = lambda method, path: 1 // 0  # type: ignore[assignment,return-value,misc]
+        answer, = await exchange(caller, get(), 1)
+        assert answer.status == 500 and json.loads(answer.body)["code"] == "internal-server-error"
+        assert await caller.ended()
+    assert "ZeroDivisionError" in caplog.text and "Traceback" in caplog.text
+
+
+def refusals(plane: DataPlane) -> int:
+    return sum(calls for (model, _, _), calls in plane.metrics._calls.items() if not model)
+
+
 async def test_head_has_no_body(plane: DataPlane, carrier: str) -> None:
     async with carried(plane, carrier) as (_, address), calling(address) as caller:
         for path in ("/v2", "/nowhere"):

@@ -3,7 +3,6 @@ server goes on, no larger than before."""
 
 import asyncio
 import gc
-import http.client
 import random
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,8 @@ from modelyard.scoring.codecs import GrpcCodec, RestCodec, ScoreCodec, StreamCod
 from modelyard.scoring.dataplane import DataPlane
 from modelyard.wire import inference_pb2 as pb
 from tests.unit.scoring.planes import grpc_call, infer, open_plane
-from tests.unit.scoring.roots import launch, make_root
 
 FLOWER = np.array([[5.1, 3.5, 1.4, 0.2]])
-MANY_BY_HTTP = 20_000
 ALLOWED = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
 SEEDS = [
     write_request(Inference("iris", tensors=[Tensor("x", FLOWER)])),
@@ -201,43 +198,3 @@ async def test_damaged_requests_to_a_scoring_file(tmp_path: Path) -> None:
             answer = (await asyncio.wait_for(plane.handle([call, grpc_call("flower", Tensor("x", FLOWER))]), 30))[0]
             assert answer.status in {*ALLOWED, "INTERNAL"}, (answer.error, call.body)
         assert await infer(plane, FLOWER) == {"output-0": [10.2]}
-
-
-def resident_of(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/statm").read_text().split()
-    return (int(fields[1]) - int(fields[2])) * 4096 / 2**20
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("transport", ["h2", "grpc"])
-def test_damaged_bodies_over_http(tmp_path: Path, two_models: list[dict[str, Any]], transport: str) -> None:
-    """Through the whole of the server, on connections that are kept: each is answered, and those after it are right."""
-    dice = random.Random(20261126)
-    root = make_root(tmp_path, models=two_models)
-    good = orjson.dumps({"inputs": [{"name": "x", "datatype": "FP64", "shape": [1, 4], "data": FLOWER[0].tolist()}]})
-    seen: dict[int, int] = {}
-    with launch(root, arguments=["--transport", transport]) as replica:
-        connection = http.client.HTTPConnection(replica.http, timeout=30)
-
-        def post(model: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
-            connection.request("POST", f"/v2/models/{model}/infer", body, headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-
-        before = 0.0
-        for n in range(MANY_BY_HTTP):
-            call = binary_body(dice) if n % 2 else rest_body(dice)
-            length = {} if call.options is None else {"Inference-Header-Content-Length": str(call.options)}
-            status, body = post(call.model, call.body, length)
-            seen[status] = seen.get(status, 0) + 1
-            assert status in (200, 400, 404, 413), (status, body, call.body)
-            if n % 50 == 0:
-                status, body = post("iris", good, {})
-                assert status == 200 and orjson.loads(body)["outputs"][0]["data"] == [0]
-            if n == MANY_BY_HTTP // 4:
-                before = resident_of(replica.process.pid)
-        connection.close()
-        grown = resident_of(replica.process.pid) - before
-        assert "Traceback" not in replica.log.read_text()
-    assert seen[200] > MANY_BY_HTTP // 60 and seen[400] > MANY_BY_HTTP // 3, seen
-    assert grown < 24, f"{grown:.1f} MiB more after three quarters of {MANY_BY_HTTP} bodies"
