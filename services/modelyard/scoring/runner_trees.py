@@ -5,6 +5,7 @@ library's own ``Booster.predict`` gives: probabilities, values or ranks, as its 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .runner_sklearn import SklearnRunner, load_pickle
 from .runners import CannotStart, RowRunner, Runner, the_input
 
 PICKLES = (".joblib", ".pkl", ".pickle")
+ESTIMATOR = re.compile(r"^\s+model_class:\s*xgboost\.sklearn\.(XGB\w+)\s*$", re.MULTILINE)
 Predict = Callable[[np.ndarray], Any]
 
 
@@ -83,7 +85,8 @@ def xgboost_runner(model: Model) -> Runner:
     except ImportError as exc:
         raise CannotStart(f"model {model.id} needs the package xgboost-cpu (or xgboost): add it to the "
                           "requirements") from exc
-    loaded = _loaded(model, lambda path: _booster(xgboost, path))
+    name = _mlflow_class(model.path.parent)
+    loaded = _loaded(model, lambda path: _booster(xgboost, path) if not name else _wrapped(xgboost, name, path))
     if not isinstance(loaded, xgboost.Booster):
         return _estimator(model, loaded, "xgboost")
     loaded.set_param({"nthread": cores()})
@@ -104,6 +107,20 @@ def _booster(xgboost: Any, path: str) -> Any:
     booster = xgboost.Booster()
     booster.load_model(bytearray(Path(path).read_bytes()))
     return booster
+
+
+def _mlflow_class(folder: Path) -> str:
+    """Which of XGBoost's scikit-learn estimators an MLflow folder says it holds; "" for a booster, and elsewhere. The
+    file of both is the same, and what they answer is not."""
+    said = folder / "MLmodel"
+    found = ESTIMATOR.search(said.read_text(errors="replace")) if said.is_file() else None
+    return found[1] if found else ""
+
+
+def _wrapped(xgboost: Any, name: str, path: str) -> Any:
+    estimator = getattr(xgboost, name)(n_jobs=cores())
+    estimator.load_model(bytearray(Path(path).read_bytes()))
+    return estimator
 
 
 def _loaded(model: Model, native: Callable[[str], Any]) -> Any:

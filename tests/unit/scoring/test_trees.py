@@ -75,6 +75,25 @@ async def test_estimators(tmp_path: Path, made: dict[str, Any], file: str, frame
         assert read_response((await plane.handle([asked]))[0].body).tensors[0].array.shape == (3, 3)
 
 
+@pytest.mark.slow
+async def test_an_mlflow_folder_answers_as_what_was_logged(tmp_path: Path) -> None:
+    """The file of a classifier and of its booster is the same, and what they answer is not."""
+    import mlflow.xgboost
+    import xgboost
+    from sklearn.datasets import load_iris
+
+    x, y = load_iris(return_X_y=True)
+    logged = xgboost.XGBClassifier(n_estimators=5, n_jobs=1).fit(x, y)
+    for name, what in (("classifier", logged), ("booster", logged.get_booster())):
+        mlflow.xgboost.save_model(what, str(tmp_path / name), pip_requirements=["xgboost-cpu"])
+        given = {"name": "m", "version": 1, "file": tmp_path / name, "framework": "mlflow"}
+        async with open_plane(tmp_path / f"root-{name}", models=[given]) as plane:
+            answer = await infer(plane, x[[0, 60, 120]])
+            ask = logged.predict if name == "classifier" else what.inplace_predict
+            expected = ask(x[[0, 60, 120]])
+            assert np.allclose(answer["predict"], expected) and np.shape(answer["predict"]) == expected.shape
+
+
 @pytest.mark.parametrize("framework", ["lightgbm", "xgboost"])
 async def test_files_that_are_none(tmp_path: Path, files: dict[str, Path], framework: str) -> None:
     with pytest.raises(CannotStart, match="cannot be loaded") as error:
