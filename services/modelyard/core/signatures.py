@@ -83,7 +83,11 @@ def _common(types: Sequence[str]) -> str:
 
 
 def one_row(signature: Signature) -> Signature:
-    """As a model takes it whose input is one array: columns become the numbers of a row, and keep their names there."""
+    """As a model takes it whose input is one array: columns become the numbers of a row, and keep their names there; an
+    only output that has no name of its own is called as such a model calls it."""
+    answers = signature["outputs"]
+    if len(answers) == 1 and answers[0]["name"] == "output-0":
+        signature = {**signature, "outputs": [{**answers[0], "name": "predict"}]}
     given = signature["inputs"]
     if not given or any(len(slot.get("shape") or [-1]) != 1 for slot in given):
         return signature

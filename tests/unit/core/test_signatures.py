@@ -78,6 +78,8 @@ def test_columns_become_a_row() -> None:
     given = signature([slot("a", "FP64", [-1]), slot("b", "INT64", [-1])])
     assert one_row(given)["inputs"] == [slot("input-0", "FP64", [-1, 2], columns=["a", "b"])]
     assert one_row(FILE) == FILE and one_row(signature([])) == signature([])
+    unnamed = {"inputs": [], "outputs": [slot("output-0", "INT64", [-1])]}
+    assert one_row(unnamed)["outputs"] == [slot("predict", "INT64", [-1])], "as it is answered"
 
 
 def test_samples_that_are_kept() -> None:
