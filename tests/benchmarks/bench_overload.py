@@ -45,11 +45,6 @@ def rest(x: np.ndarray) -> bytes:
     return json.dumps({"inputs": [tensor]}).encode()
 
 
-def resident_mib(served: Served) -> float:
-    fields = Path(f"/proc/{served.replica.process.pid}/statm").read_text().split()
-    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 @contextlib.contextmanager
 def caller(kind: str, served: Served) -> Iterator[Call]:
     if kind == "rest":
@@ -101,15 +96,15 @@ def beside_bad_clients(kinds: list[str]) -> None:
                 caller(kind, served) as call:
             second(call)
             for name, make in bad(kind, served).items():
-                alone, beside, memory, worst = [], [], resident_mib(served), 0.0
+                alone, beside, memory, worst = [], [], served.resident_mib(), 0.0
                 for _ in range(ROUNDS):
                     alone += second(call)
                     with make():
                         beside += second(call)
-                        worst = max(worst, resident_mib(served))
+                        worst = max(worst, served.resident_mib())
                 print(f"| {kind} | {name} | {p99_ms(alone):.2f} | {p99_ms(beside):.2f} | "
                       f"{p99_ms(beside) / p99_ms(alone):.2f} | {memory:.0f} | {worst:.0f} | "
-                      f"{resident_mib(served):.0f} |", flush=True)
+                      f"{served.resident_mib():.0f} |", flush=True)
 
 
 async def overloaded(kind: str, served: Served) -> None:
@@ -118,9 +113,9 @@ async def overloaded(kind: str, served: Served) -> None:
         if kind == "rest" else open_loop.by_grpc(served.address, ask(np.zeros((1, 1))), DEADLINE_S)
     async with load as call:
         peak = (await open_loop.closed(call, CALLERS, 5)).rate
-        memory = resident_mib(served)
+        memory = served.resident_mib()
         seen = await open_loop.offer(call, TIMES * peak, SECONDS)
-        grown = resident_mib(served) - memory
+        grown = served.resident_mib() - memory
     others = ", ".join(f"{n:,} {name}" for name, n in seen.outcomes.most_common() if name != "OK")
     print(f"| {kind} | {peak:.0f} | {sum(seen.outcomes.values()) / SECONDS:.0f} | {seen.rate:.0f} | "
           f"{seen.rate / peak:.2f} | {seen.quantile_s(0.99):.2f} | {others} | {grown:+.0f} |", flush=True)

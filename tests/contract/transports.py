@@ -66,6 +66,11 @@ class Served:
                         found.append(words | {"request": frame.request, "response": frame.response})
         return found
 
+    def resident_mib(self) -> float:
+        """Its own memory, without what it shares with others."""
+        fields = Path(f"/proc/{self.replica.process.pid}/statm").read_text().split()
+        return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
     def in_flight(self) -> int:
         return int(self.metric("modelyard_scoring_in_flight"))
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -70,8 +69,7 @@ class Door:
         return len(os.listdir(f"/proc/{self.served.replica.process.pid}/fd"))
 
     def resident_mib(self) -> float:
-        fields = Path(f"/proc/{self.served.replica.process.pid}/statm").read_text().split()
-        return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return self.served.resident_mib()
 
     def in_flight(self) -> int:
         return self.served.in_flight()

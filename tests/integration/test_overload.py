@@ -49,8 +49,10 @@ async def test_overload_is_refused_and_goodput_stays(tmp_path: Path, kind: str, 
         load = open_loop.by_rest(f"http://{served.replica.http}/score", body, {"Content-Type": "application/json"}) \
             if kind == "rest" else open_loop.by_grpc(served.address, ask(np.zeros((1, 1))), DEADLINE_S)
         async with load as call:
-            assert await call() == "OK"
+            assert set((await open_loop.offer(call, PEAK / 2, 1.0)).outcomes) == {"OK"}
+            resident = served.resident_mib()
             seen = await open_loop.offer(call, 3 * PEAK, SECONDS)
+            grown = served.resident_mib() - resident
             wait_for(lambda: served.in_flight() == 0, 20, "the end of its calls")
             after = await open_loop.offer(call, PEAK / 4, 1.0)
     print(f"{kind}: {seen.rate:.0f}/s of {PEAK}, p99 {seen.quantile_s(0.99):.2f} s, {dict(seen.outcomes)}")
@@ -60,4 +62,5 @@ async def test_overload_is_refused_and_goodput_stays(tmp_path: Path, kind: str, 
     refused = seen.outcomes["RESOURCE_EXHAUSTED"] + seen.outcomes["503"]
     assert refused > seen.outcomes["DEADLINE_EXCEEDED"] + seen.outcomes["504"], "most are told at once"
     assert seen.quantile_s(0.99) < DEADLINE_S + 0.5
+    assert grown < 48, f"{grown:.0f} MiB more, for calls that were mostly refused"
     assert set(after.outcomes) == {"OK"}, "as before, once the load is gone"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import time
 from collections.abc import AsyncIterator
@@ -62,6 +63,7 @@ DOES = {
     "flood": flood,
     "threads": threads,
     "processes": processes,
+    "fork": os.fork,
     "signal": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
     "block": lambda: signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65)),
 }
@@ -71,6 +73,7 @@ def run(data):
     return {"pid": os.getpid()}
 '''
 FAST = {"MODELYARD_STUCK_S": "3"}
+ONE_CALL = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
 
 
 class Yard:
@@ -95,6 +98,16 @@ class Yard:
                 timeout=aiohttp.ClientTimeout(total=timeout_s)) as answer:
             told = await answer.json()
             return told if answer.status == 200 else (answer.status, told)
+
+    async def ask(self, what: str, timeout_s: float = 20) -> Any:
+        """The same by gRPC: the JSON of the answer, or (code, what is said of it)."""
+        async with grpc.aio.insecure_channel(self.seen.endpoints["grpc"], ONE_CALL) as channel:
+            try:
+                answer = await channel.unary_unary(INFER)(ask("bad", json.dumps({"do": what}).encode()),
+                                                          timeout=timeout_s)
+            except grpc.aio.AioRpcError as exc:
+                return exc.code().name, exc.details()
+            return json.loads(read_response(answer).tensors[0].array.item())
 
     async def healed(self, restarted: int = 1) -> Observed:
         """Two ready replicas again, and the same one has gone on."""
@@ -143,7 +156,10 @@ async def called(yard: Yard, address: str, model: str, body: bytes) -> AsyncIter
 
 
 @pytest.fixture
-async def yard(tmp_path: Path) -> AsyncIterator[Yard]:
+async def yard(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Yard]:
+    """``transport``: the test's parameter of this name, else what is chosen by itself."""
+    asked = getattr(request.node, "callspec", None)
+    transport = asked.params.get("transport", "auto") if asked is not None else "auto"
     images = await urls.open_images(f"oci-layout://{tmp_path}/images")
     grants = await urls.open_grants(f"file://{tmp_path}/blobs")
     target = await urls.open_target("local", "process://", images=images, data=tmp_path)
@@ -153,7 +169,8 @@ async def yard(tmp_path: Path) -> AsyncIterator[Yard]:
         await target.apply(Workload(
             workspace="default", name=name, generation=1, image="scorer:1", repo="scorer", digest=digest,
             replicas=replicas, models=(), ports={}, capture={"enabled": True}, limits={"timeout_ms": 1000},
-            env=FAST, resources={"memory": "400Mi"}, grant=await grants.lend("default", name, 3600),
+            env={**FAST, "MODELYARD_TRANSPORT": transport}, resources={"memory": "400Mi"},
+            grant=await grants.lend("default", name, 3600),
             progress_deadline_s=60))
     yard.seen = await yard.until(lambda o: o.ready == 2)
     other = await yard.until(lambda o: o.ready == 1, name="other")
@@ -164,20 +181,21 @@ async def yard(tmp_path: Path) -> AsyncIterator[Yard]:
     assert yard.failed == [] and yard.made > 2
     after = await target.observe("default", "other")
     assert [(r.pid, r.restarts) for r in after.replicas] == [(r.pid, 0) for r in other.replicas]
+    assert left_behind(tmp_path), "what runs is seen"
     began = time.monotonic()
     for name in ("bad", "other"):
         await target.remove("default", name)
     assert time.monotonic() - began < 60 and await target.list() == []
-    assert not left_behind(), "what scoring code started ends with its replica"
+    assert not left_behind(tmp_path), "what scoring code started ends with its replica"
 
 
-def left_behind() -> list[str]:
+def left_behind(folder: Path) -> list[str]:
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):
                 said = Path(f"/proc/{entry}/cmdline").read_text()
-                if "left-behind" in said and "time.sleep(600)" in said:
+                if ("left-behind" in said and "time.sleep(600)" in said) or str(folder) in said:
                     found.append(entry)
     return found
 
@@ -204,7 +222,7 @@ async def test_what_can_be_borne_ends_no_replica(yard: Yard) -> None:
     said = {
         "raise": (500, "KeyError: 'no such key'"), "sys.exit": (500, "SystemExit: I want to go"),
         "signal": (500, "ValueError: signal only works in main thread of the main interpreter"),
-        "block": None, "threads": None, "processes": None, "flood": None, "close stdout": None}
+        "block": None, "threads": None, "processes": None, "fork": None, "flood": None, "close stdout": None}
     pids = {r.pid for r in yard.seen.replicas}
     for what, wanted in said.items():
         told = await yard.do(what)
@@ -216,3 +234,19 @@ async def test_what_can_be_borne_ends_no_replica(yard: Yard) -> None:
         assert (await yard.do("nothing"))["pid"] in pids, what
     seen = await yard.until(lambda o: o.ready == 2)
     assert {r.pid for r in seen.replicas} == pids and not any(r.restarts for r in seen.replicas)
+
+
+@pytest.mark.parametrize("transport", ["h2", "grpc"])
+async def test_callers_by_grpc_are_told_alike(yard: Yard, transport: str) -> None:
+    """What can be borne, then what cannot: the code hangs, and then ends its process."""
+    await yard.logged({"h2": "(h2corn)", "grpc": "(grpcio)"}[transport])
+    for what, said in (("raise", "KeyError: 'no such key'"), ("sys.exit", "SystemExit: I want to go")):
+        assert await yard.ask(what) == ("INTERNAL", said)
+    pids = {r.pid for r in yard.seen.replicas}
+    for what in ("flood", "close stdout", "fork"):
+        assert (await yard.ask(what))["pid"] in pids, what
+    assert (await yard.ask("hang"))[0] == "DEADLINE_EXCEEDED"
+    yard.seen = await yard.healed()
+    assert (await yard.ask("exit"))[0] == "UNAVAILABLE"
+    await yard.until(lambda o: o.ready == 2 and sum(r.restarts for r in o.replicas) == 2)
+    assert "pid" in await yard.ask("nothing")

@@ -57,6 +57,10 @@ class UnknownEncoding(Invalid):
                          "the plain bytes without Content-Encoding")
 
 
+class TooSlow(PastDeadline):
+    """The call did not come whole: nothing more of it came for as long as it may take."""
+
+
 class Cancelled(ModelyardError):
     """The caller went away before its answer was there."""
 
@@ -66,6 +70,7 @@ class Cancelled(ModelyardError):
 STATUSES: tuple[tuple[type[ModelyardError], str, int], ...] = (
     (TooLarge, "RESOURCE_EXHAUSTED", 413),
     (QueueFull, "RESOURCE_EXHAUSTED", 503),
+    (TooSlow, "DEADLINE_EXCEEDED", 408),
     (PastDeadline, "DEADLINE_EXCEEDED", 504),
     (ScoringFailed, "INTERNAL", 500),
     (Cancelled, "CANCELLED", 499),

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from ..core.errors import Invalid, ModelyardError
-from .calls import UnknownEncoding, too_large
+from .calls import TooSlow, UnknownEncoding, too_large
 from .dataplane import DataPlane
 from .http_server import Runner
 from .rest import SERVER, Reply, Site, refusal
@@ -32,6 +32,7 @@ class RestTransport(Transport):
 
     def __init__(self, address: str, plane: DataPlane, tls: Tls | None = None, site: Site | None = None) -> None:
         self._address, self._plane, self._tls, self._site = address, plane, tls, site or Site(plane)
+        self._patience_s = plane.limits.timeout_ms / 1000
         app = web.Application(client_max_size=plane.limits.max_message_bytes, middlewares=[self._around])
         # the routes are the site's
         app.router.add_route("*", "/{path:.*}", self._handle, expect_handler=self._expected)
@@ -89,6 +90,8 @@ class RestTransport(Transport):
             response = await handler(request)
         except ModelyardError as exc:
             response = respond(self._site.failed(exc, request.headers))
+            if isinstance(exc, TooSlow):
+                response.force_close()
         except web.HTTPException as exc:
             response = respond(refusal(exc.status))
         if self._plane.draining:
@@ -115,11 +118,25 @@ class RestTransport(Transport):
         if request.content_length is not None and request.content_length > limit:
             raise too_large(limit, request.content_length)
         try:
-            return await request.read()
-        except web.HTTPRequestEntityTooLarge as exc:
-            raise too_large(limit) from exc
+            return await self._all_of(request, limit)
+        except TimeoutError as exc:
+            raise TooSlow(f"nothing more of the body came for {self._patience_s:g} s") from exc
         except web.RequestPayloadError as exc:
             raise Invalid(f"the body cannot be read: {_said(exc)}") from exc
+
+    async def _all_of(self, request: web.Request, limit: int) -> bytes:
+        """Raises TooLarge, and TimeoutError when nothing comes for as long as a call may take."""
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            async with asyncio.timeout(self._patience_s):
+                part = await request.content.readany()
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise too_large(limit)
 
 
 def _said(exc: Exception) -> str:

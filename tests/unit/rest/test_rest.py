@@ -279,3 +279,20 @@ async def test_nothing_comes_for_long(plane: DataPlane) -> None:
             answer = await late.answer()
             assert answer.status == 408 and answer.headers["connection"] == "close" and await late.ended()
         assert (await busy.answer()).status == 200 and await busy.is_open()
+
+
+async def test_a_body_that_does_not_go_on(tmp_path: Path, carrier: str) -> None:
+    """Also in chunks, which aiohttp reads; as long as something comes it is waited for."""
+    async with open_plane(tmp_path, SCORE, timeout_ms=600) as plane, carried(plane, carrier) as (_, address), \
+            calling(address) as silent, calling(address) as slow:
+        head = get("/score", "POST", headers=["Host: x", "Transfer-Encoding: chunked"])
+        silent.send(head + b"2\r\n[1")
+        slow.send(head)
+        began = asyncio.get_running_loop().time()
+        for byte in b"[2222]":
+            slow.send(b"1\r\n%c\r\n" % byte)
+            await asyncio.sleep(0.12)  # it is this slow
+        slow.send(b"0\r\n\r\n")
+        assert (await slow.answer()).body == b"[2222]" and asyncio.get_running_loop().time() - began > 0.6
+        answer = await silent.answer()
+        assert answer.status == 408 and "0.6 s" in json.loads(answer.body)["detail"] and await silent.ended()
