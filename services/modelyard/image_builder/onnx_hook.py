@@ -141,9 +141,44 @@ def onnx_of(model: Any, columns: int, dtype: type) -> bytes:
 
     kind = DoubleTensorType if dtype is np.float64 else FloatTensorType
     options = {id(model): {"zipmap": False}} if hasattr(model, "predict_proba") else None
+    mend_trees()
     made = to_onnx(model, initial_types=[("input_0", kind([None, columns]))], options=options, target_opset=OPSETS,
                    name="scikit-learn")
     return bytes(made.SerializeToString(deterministic=True))
+
+
+def mend_trees() -> None:
+    """The converter's trees send NaN to the right always, where scikit-learn's send it as they were fitted; and it
+    looks for ever for what stands for a threshold of infinity (all but NaN to the left)."""
+    import skl2onnx.common.tree_ensemble as trees
+
+    add, nan = trees.add_tree_to_attribute_pairs, "nodes_missing_value_tracks_true"
+    if add.__module__ != trees.__name__:
+        return
+
+    def added(attributes: dict[str, Any], is_classifier: bool, tree: Any, *more: Any, **named: Any) -> None:
+        add(attributes, is_classifier, tree, *more, **named)
+        nodes = tree.__getstate__()["nodes"]
+        if "missing_go_to_left" in nodes.dtype.names:
+            attributes[nan][-len(nodes):] = nodes["missing_go_to_left"].astype(int).tolist()
+
+    for module in [m for name, m in sys.modules.items() if name.startswith("skl2onnx.")]:
+        if getattr(module, add.__name__, None) is add:
+            setattr(module, add.__name__, added)
+    trees.sklearn_threshold = threshold
+
+
+def threshold(value: float, dtype: type, _mode: str) -> np.float64:
+    """What to compare a number of that type with, where scikit-learn rounds it to single precision and compares that
+    with ``value``: the largest one that goes to the left."""
+    with np.errstate(over="ignore"):
+        low = np.float32(value)
+        low = np.nextafter(low, np.float32(-np.inf)) if low > value else low
+        high = np.nextafter(low, np.float32(np.inf))
+    if dtype is np.float32 or not np.isfinite(high):
+        return np.float64(low)
+    middle = (np.float64(low) + np.float64(high)) / 2
+    return np.float64(middle if np.float32(middle) == low else np.nextafter(middle, -np.inf))
 
 
 def answers(graph: bytes, rows: np.ndarray, dtype: type, wanted: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

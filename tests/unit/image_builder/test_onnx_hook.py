@@ -71,8 +71,12 @@ def test_trees_and_regressors_are_taken_and_what_differs_somewhere_is_not(tmp_pa
     said, graph = offered(tmp_path / "ridge", Ridge().fit(*load_diabetes(return_X_y=True)))
     assert said["precision"] == "float64" and graph and said["refusals"]["nan"].startswith("Input X contains NaN"), said
     forest = RandomForestClassifier(5, random_state=0).fit(x, y)
-    said, graph = offered(tmp_path / "forest", forest, sample)  # NaN goes another way in some of its graph's trees
-    assert "predict_proba is off" in said["why"] and not graph, said
+    said, graph = offered(tmp_path / "forest", forest, sample)  # NaN goes as the trees were fitted, in each
+    assert said["precision"] == "float32" and graph and "nan" not in said["refusals"], said
+    x[::7, 2] = float("nan")  # thresholds of infinity then: all but NaN to the left
+    said, graph = offered(tmp_path / "gaps", RandomForestClassifier(5, random_state=0).fit(x, y), sample)
+    assert graph, said
+    x, y = load_iris(return_X_y=True)
     scaled = make_pipeline(StandardScaler(), DecisionTreeClassifier(random_state=0)).fit(x, y)
     said, graph = offered(tmp_path / "scaled", scaled, sample)
     assert "predict is another in" in said["why"] and not graph, said  # scaled in single precision, then compared
