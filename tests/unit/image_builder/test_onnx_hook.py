@@ -1,5 +1,6 @@
 """The program that makes ONNX of a scikit-learn model: it takes only what answers as scikit-learn does."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from modelyard.image_builder import parts
@@ -72,11 +74,85 @@ def test_trees_and_regressors_are_taken_and_what_differs_somewhere_is_not(tmp_pa
     assert said["precision"] == "float64" and graph and said["refusals"]["nan"].startswith("Input X contains NaN"), said
     forest = RandomForestClassifier(5, random_state=0).fit(x, y)
     said, graph = offered(tmp_path / "forest", forest, sample)  # NaN goes as the trees were fitted, in each
-    assert said["precision"] == "float32" and graph and "nan" not in said["refusals"], said
+    assert said["precision"] == "float64" and graph and "nan" not in said["refusals"], said
     x[::7, 2] = float("nan")  # thresholds of infinity then: all but NaN to the left
     said, graph = offered(tmp_path / "gaps", RandomForestClassifier(5, random_state=0).fit(x, y), sample)
     assert graph, said
     x, y = load_iris(return_X_y=True)
     scaled = make_pipeline(StandardScaler(), DecisionTreeClassifier(random_state=0)).fit(x, y)
     said, graph = offered(tmp_path / "scaled", scaled, sample)
-    assert "predict is another in" in said["why"] and not graph, said  # scaled in single precision, then compared
+    assert said["precision"] == "float64" and graph, said  # scaled in double precision, then compared in single
+
+
+def hook() -> Any:
+    spec = importlib.util.spec_from_file_location("onnx_hook", HOOK)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tree_models() -> dict[str, Any]:
+    """Fitted, with rows of their data: of one and of several outputs, with and without gaps in the data."""
+    from sklearn import ensemble, tree
+    from sklearn.datasets import load_diabetes, load_iris
+
+    x, y = load_iris(return_X_y=True)
+    gaps = x.copy()
+    gaps[::7, 2] = np.nan
+    rows, values = load_diabetes(return_X_y=True)
+    both = np.stack([values, values**2], axis=1)
+    few = {"random_state": 0, "n_estimators": 10}
+    return {
+        "forest": (ensemble.RandomForestClassifier(**few).fit(x, y), x),
+        "forest with gaps": (ensemble.RandomForestClassifier(**few).fit(gaps, y), x),
+        "votes": (ensemble.RandomForestClassifier(20, random_state=0).fit(x, y == 1), x),
+        "text": (ensemble.RandomForestClassifier(**few).fit(x, np.array(["no", "yes", "may"])[y]), x),
+        "extra trees": (ensemble.ExtraTreesClassifier(**few).fit(x, y), x),
+        "boosting": (ensemble.GradientBoostingClassifier(**few).fit(x, y), x),
+        "boosting of values": (ensemble.GradientBoostingRegressor(**few).fit(rows, values), rows),
+        "histograms": (ensemble.HistGradientBoostingClassifier(max_iter=10).fit(x, y), x),
+        "histograms with gaps": (ensemble.HistGradientBoostingClassifier(max_iter=10).fit(gaps, y == 1), x),
+        "histograms of values": (ensemble.HistGradientBoostingRegressor(max_iter=10).fit(rows, values), rows),
+        "forest of values": (ensemble.RandomForestRegressor(**few).fit(rows, values), rows),
+        "two values": (ensemble.ExtraTreesRegressor(**few).fit(rows, both), rows),
+        "tree of two values": (tree.DecisionTreeRegressor(random_state=0).fit(rows, both), rows),
+        "tree": (tree.DecisionTreeClassifier(random_state=0).fit(gaps, y), x),
+    }
+
+
+def test_every_kind_of_tree_is_taken_also_at_its_thresholds_and_in_double_precision() -> None:
+    """Where scikit-learn rounds to single precision, the graph of double precision compares as if it did."""
+    program = hook()
+    for name, (model, rows) in tree_models().items():
+        graph, said = program.converted(model, {"data": rows[:5].tolist()})
+        assert graph and said["precision"] == "float64", name
+        assert said["rows"] > 3200, name  # those at thresholds, too
+
+
+def test_a_graph_that_goes_another_way_only_at_a_threshold_is_refused() -> None:
+    from sklearn.datasets import load_iris
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    program = hook()
+    x, y = load_iris(return_X_y=True)
+    model = HistGradientBoostingClassifier(max_iter=10).fit(x, y)
+    rows = program.compared_rows(4, {"data": x[:5].tolist()})
+    graph = program.onnx_of(model, 4, np.float32)  # it compares in single precision, scikit-learn in double
+    wanted = {"predict": model.predict(rows), "predict_proba": model.predict_proba(rows)}
+    program.differences(wanted, program.answers(graph, rows, np.float32, wanted))
+    near = program.rows_at_thresholds(model, rows)
+    wanted = {"predict": model.predict(near), "predict_proba": model.predict_proba(near)}
+    with pytest.raises(program.Refused):
+        program.differences(wanted, program.answers(graph, near, np.float32, wanted))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -0.1, 1.0, 1 / 3, 1e-45, -1e-45, 1e30, 0.5 + 2**-25, float("inf")])
+def test_a_threshold_parts_the_numbers_as_scikit_learn_does(value: float) -> None:
+    program = hook()
+    for dtype in (np.float32, np.float64):
+        last = program.threshold(value, dtype, "BRANCH_LEQ")
+        assert np.float32(last) <= value
+        if np.isfinite(last):
+            over = np.nextafter(dtype(last), dtype(np.inf))
+            assert not np.float32(over) <= value, (value, dtype)
