@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial, partialmethod
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,10 @@ def converted(model: Any, sample: Any) -> tuple[bytes, dict[str, Any]]:
     refusals = refused(model, columns)
     rows = compared_rows(columns, sample)
     asked = requests(np.concatenate([rows, rows_at_thresholds(model, rows)]), refusals)
-    wanted = [{name: np.asarray(getattr(model, name)(rows)) for name in METHODS if hasattr(model, name)}
-              for rows in asked]
+    said = [{name: getattr(model, name)(rows) for name in METHODS if hasattr(model, name)} for rows in asked]
+    if any(isinstance(value, list) for one in said for value in one.values()):
+        raise Refused("it answers several questions at once, with probabilities for each")
+    wanted = [{name: np.asarray(value) for name, value in one.items()} for one in said]
     if any(len(value) != len(rows) for rows, one in zip(asked, wanted, strict=True) for value in one.values()):
         raise Refused("its outputs do not go row by row")
     outputs = [{name: {"dtype": value.dtype.str, "row": value.shape[1:]} for name, value in one.items()}
@@ -79,7 +82,7 @@ def converted(model: Any, sample: Any) -> tuple[bytes, dict[str, Any]]:
     if any(one != outputs[0] for one in outputs):
         raise Refused("the type of its outputs depends on that of its input")
     classes = getattr(model, "classes_", None)
-    said = {"outputs": outputs[0], "refusals": refusals, "columns": columns, "rows": sum(map(len, asked)),
+    report = {"outputs": outputs[0], "refusals": refusals, "columns": columns, "rows": sum(map(len, asked)),
             "classes": len(classes) if isinstance(classes, np.ndarray) else None}
     reasons = []
     for dtype in (np.float64, np.float32):
@@ -92,7 +95,7 @@ def converted(model: Any, sample: Any) -> tuple[bytes, dict[str, Any]]:
         except Exception as exc:  # noqa: BLE001 - the converter raises what it likes
             reasons.append(f"it does not convert: {type(exc).__name__}: {exc}".replace("\n", " ")[:300])
         else:
-            return graph, {**said, "precision": np.dtype(dtype).name, "largest": worst}
+            return graph, {**report, "precision": np.dtype(dtype).name, "largest": worst}
     raise Refused(reasons[-1])
 
 
@@ -130,7 +133,10 @@ def requests(rows: np.ndarray, refusals: dict[str, str]) -> list[np.ndarray]:
 def compared_rows(columns: int, sample: Any) -> np.ndarray:
     """The sample's rows, then rows about it, or about zero, in several widths: the same ones every time."""
     given = sample.get("data") if isinstance(sample, dict) else sample
-    own = np.empty((0, columns)) if given is None else np.asarray(given, np.float64)
+    try:
+        own = np.empty((0, columns)) if given is None else np.asarray(given, np.float64)
+    except ValueError as exc:
+        raise Refused("its sample is not of numbers alone: only what takes rows of numbers is converted") from exc
     if own.ndim != 2 or own.shape[1] != columns:
         raise Refused(f"its sample does not fit it: it takes rows of {columns} numbers")
     draw = np.random.Generator(np.random.PCG64(SEED))
@@ -161,19 +167,29 @@ def rows_at_thresholds(model: Any, rows: np.ndarray) -> np.ndarray:
             row = np.repeat(row[None], len(around), axis=0)
             row[:, column] = around
             made.append(row[(np.abs(row) < np.finfo(np.float32).max).all(axis=1)])
-    return np.concatenate(made) if made else rows[:0]
+    if not made:
+        return rows[:0]
+    scaled = np.concatenate(made)
+    try:
+        return np.concatenate([scaled, model[:-1].inverse_transform(scaled)])  # what a pipeline's steps make that of
+    except Exception:  # noqa: BLE001 - no pipeline, or nothing that goes back
+        return scaled
 
 
 def trees_of(model: Any) -> Iterator[tuple[np.ndarray, ...]]:
     """Left, right, column and threshold by node, of every tree in the estimator, or in what it is made of."""
     if (tree := getattr(model, "tree_", None)) is not None:
         yield tree.children_left, tree.children_right, tree.feature, tree.threshold
-    for one in np.ravel(np.array(getattr(model, "_predictors", []), dtype=object)):
+    for one in chain.from_iterable(getattr(model, "_predictors", [])):
         nodes, names = one.nodes, one.nodes.dtype.names
         yield (np.where(nodes["is_leaf"], -1, nodes["left"].astype(int)), nodes["right"].astype(int),
                nodes["feature_idx"].astype(int), nodes["num_threshold" if "num_threshold" in names else "threshold"])
-    parts = [part for _, part in getattr(model, "steps", [])] or list(np.ravel(getattr(model, "estimators_", [])))
-    for part in parts:
+    parts = getattr(model, "estimators_", [])
+    parts = parts.ravel() if isinstance(parts, np.ndarray) else parts
+    named = [part for _, part in getattr(model, "steps", [])]
+    more = [getattr(model, name, None) for name in ("estimator", "best_estimator_")]
+    more += getattr(model, "calibrated_classifiers_", [])
+    for part in (one for one in (*parts, *named, *more) if one is not None):
         yield from trees_of(part)
 
 

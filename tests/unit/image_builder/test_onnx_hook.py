@@ -81,7 +81,8 @@ def test_trees_and_regressors_are_taken_and_what_differs_somewhere_is_not(tmp_pa
     x, y = load_iris(return_X_y=True)
     scaled = make_pipeline(StandardScaler(), DecisionTreeClassifier(random_state=0)).fit(x, y)
     said, graph = offered(tmp_path / "scaled", scaled, sample)
-    assert said["precision"] == "float64" and graph, said  # scaled in double precision, then compared in single
+    assert "predict is another in" in said["why"] and not graph, said  # FP32 is scaled in single precision, and
+    # what comes out is compared: the last digit decides
 
 
 def hook() -> Any:
