@@ -157,3 +157,33 @@ def test_a_threshold_parts_the_numbers_as_scikit_learn_does(value: float) -> Non
         if np.isfinite(last):
             over = np.nextafter(dtype(last), dtype(np.inf))
             assert not np.float32(over) <= value, (value, dtype)
+
+
+def test_labels_of_any_kind_and_estimators_in_others_are_taken_and_what_is_not_is_told_plainly() -> None:
+    from sklearn.calibration import CalibratedClassifierCV
+    from sklearn.compose import ColumnTransformer
+    from sklearn.datasets import load_iris
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    program = hook()
+    x, y = load_iris(return_X_y=True)
+    sample = {"data": x[:5].tolist()}
+    text, forest = np.array(["no", "yes", "may"])[y], RandomForestClassifier(5, random_state=0)
+    for model in (make_pipeline(StandardScaler(), LogisticRegression()).fit(x, text),
+                  LogisticRegression().fit(x, y == 1), MLPClassifier((4,), max_iter=20, random_state=0).fit(x, y),
+                  CalibratedClassifierCV(forest).fit(x, y),
+                  make_pipeline(ColumnTransformer([("some", StandardScaler(), [0, 1])], remainder="passthrough"),
+                                LogisticRegression()).fit(x, y)):
+        graph, said = program.converted(model, sample)
+        assert graph and said["outputs"]["predict"]["dtype"] == model.predict(x[:1]).dtype.str, model
+    rows = np.array([[1.0, "a"], [2.0, "b"], [3.0, "a"]], dtype=object)
+    mixed = make_pipeline(ColumnTransformer([("number", StandardScaler(), [0]), ("text", OneHotEncoder(), [1])]),
+                          LogisticRegression()).fit(rows, [0, 1, 0])
+    with pytest.raises(program.Refused, match="its sample is not of numbers alone"):
+        program.converted(mixed, {"data": rows.tolist()})
+    with pytest.raises(program.Refused, match="several questions at once"):
+        program.converted(forest.fit(x, np.stack([y, y == 1], axis=1)), sample)
