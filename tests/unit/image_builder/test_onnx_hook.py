@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from modelyard.image_builder import parts
+from modelyard.scoring.graph_estimator import GraphEstimator
+from modelyard.scoring.image import Model
 
 pytestmark = pytest.mark.slow
 HOOK = Path(parts.__file__).with_name("onnx_hook.py")
@@ -187,3 +189,25 @@ def test_labels_of_any_kind_and_estimators_in_others_are_taken_and_what_is_not_i
         program.converted(mixed, {"data": rows.tolist()})
     with pytest.raises(program.Refused, match="several questions at once"):
         program.converted(forest.fit(x, np.stack([y, y == 1], axis=1)), sample)
+
+
+def test_what_serves_a_graph_answers_a_number_between_two_singles_as_the_estimator(tmp_path: Path) -> None:
+    """Rows that were not compared when it was made: beside every threshold, as FP64 and FP32, with NaN and without."""
+    program = hook()
+    for name, (model, rows) in tree_models().items():
+        graph, said = program.converted(model, {"data": rows[:5].tolist()})
+        (tmp_path / "model.onnx").write_bytes(graph)
+        ours = GraphEstimator(Model(name="it", version="1", path=tmp_path / "model.onnx", answers=said))
+        near = program.rows_at_thresholds(model, rows[5:])
+        gaps = near.copy()
+        gaps[::2, 0] = np.nan
+        for asked in (near, near.astype(np.float32), *([] if "nan" in said["refusals"] else [gaps])):
+            right, given = model.predict(asked), ours.predict(asked)
+            assert given.dtype == right.dtype, name
+            if right.dtype.kind == "f":
+                np.testing.assert_allclose(given, right, rtol=1e-5, err_msg=name)
+            else:
+                assert (given == right).all(), name
+        if "nan" in said["refusals"]:
+            with pytest.raises(ValueError, match="NaN"):
+                ours.predict(gaps)
