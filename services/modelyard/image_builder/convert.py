@@ -127,6 +127,8 @@ class Converter:
         file, asked, hook = here / parts.NAMES[place.kind], here / "asked.json", here / HOOK.name
         await asyncio.to_thread(_laid_out, file, source, hook)
         await asyncio.to_thread(asked.write_text, json.dumps({"sample": model.sample, "trusted": model.trusted}))
+        self.log.note(f"model '{model.id}' is converted to ONNX and the two are compared, for "
+                      f"{LIMITS.wall_s:.0f} seconds at most")
         left = await sandbox.run(
             "converting it", ["/env/bin/python", "-sB", f"/in/{hook.name}", f"/in/{file.name}", f"/in/{asked.name}",
                               "/out"], here, self.log, limits=LIMITS, hidden=self.hidden, path="/env/bin",

@@ -11,6 +11,10 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial, partialmethod
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +22,13 @@ os.environ |= {"ORT_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_N
 
 import numpy as np
 
-RTOL, ATOL, SEED, ROWS = 1e-4, 1e-5, 20_240_601, 512
+RTOL, ATOL, SEED, ROWS, THRESHOLDS = 1e-4, 1e-5, 20_240_601, 512, 300
 OPSETS = {"": 18, "ai.onnx.ml": 3}
 METHODS = ("predict", "predict_proba")
 NAMES = 50_000
 """Characters of its columns' names that a report has room for."""
+VOTES, ADD = "votes", "add_tree_to_attribute_pairs"
+TREES = (("TreeEnsembleClassifier",), ("TreeEnsembleRegressor",))
 
 
 class Refused(Exception):
@@ -68,9 +74,12 @@ def converted(model: Any, sample: Any) -> tuple[bytes, dict[str, Any]]:
     if sum(map(len, names)) > NAMES:
         raise Refused("the names of its columns are too long to be kept")
     refusals = refused(model, columns)
-    asked = requests(compared_rows(columns, sample), refusals)
-    wanted = [{name: np.asarray(getattr(model, name)(rows)) for name in METHODS if hasattr(model, name)}
-              for rows in asked]
+    rows = compared_rows(columns, sample)
+    asked = requests(np.concatenate([rows, rows_at_thresholds(model, rows)]), refusals)
+    said = [{name: getattr(model, name)(rows) for name in METHODS if hasattr(model, name)} for rows in asked]
+    if any(isinstance(value, list) for one in said for value in one.values()):
+        raise Refused("it answers several questions at once, with probabilities for each")
+    wanted = [{name: np.asarray(value) for name, value in one.items()} for one in said]
     if any(len(value) != len(rows) for rows, one in zip(asked, wanted, strict=True) for value in one.values()):
         raise Refused("its outputs do not go row by row")
     outputs = [{name: {"dtype": value.dtype.str, "row": value.shape[1:]} for name, value in one.items()}
@@ -78,8 +87,8 @@ def converted(model: Any, sample: Any) -> tuple[bytes, dict[str, Any]]:
     if any(one != outputs[0] for one in outputs):
         raise Refused("the type of its outputs depends on that of its input")
     classes = getattr(model, "classes_", None)
-    said = {"outputs": outputs[0], "refusals": refusals, "columns": columns, "names": names,
-            "rows": sum(map(len, asked)), "classes": len(classes) if isinstance(classes, np.ndarray) else None}
+    report = {"outputs": outputs[0], "refusals": refusals, "columns": columns, "names": names,
+              "rows": sum(map(len, asked)), "classes": len(classes) if isinstance(classes, np.ndarray) else None}
     reasons = []
     for dtype in (np.float64, np.float32):
         try:
@@ -91,7 +100,7 @@ def converted(model: Any, sample: Any) -> tuple[bytes, dict[str, Any]]:
         except Exception as exc:  # noqa: BLE001 - the converter raises what it likes
             reasons.append(f"it does not convert: {type(exc).__name__}: {exc}".replace("\n", " ")[:300])
         else:
-            return graph, {**said, "precision": np.dtype(dtype).name, "largest": worst}
+            return graph, {**report, "precision": np.dtype(dtype).name, "largest": worst}
     raise Refused(reasons[-1])
 
 
@@ -129,7 +138,10 @@ def requests(rows: np.ndarray, refusals: dict[str, str]) -> list[np.ndarray]:
 def compared_rows(columns: int, sample: Any) -> np.ndarray:
     """The sample's rows, then rows about it, or about zero, in several widths: the same ones every time."""
     given = sample.get("data") if isinstance(sample, dict) else sample
-    own = np.empty((0, columns)) if given is None else np.asarray(given, np.float64)
+    try:
+        own = np.empty((0, columns)) if given is None else np.asarray(given, np.float64)
+    except ValueError as exc:
+        raise Refused("its sample is not of numbers alone: only what takes rows of numbers is converted") from exc
     if own.ndim != 2 or own.shape[1] != columns:
         raise Refused(f"its sample does not fit it: it takes rows of {columns} numbers")
     draw = np.random.Generator(np.random.PCG64(SEED))
@@ -139,6 +151,68 @@ def compared_rows(columns: int, sample: Any) -> np.ndarray:
     return np.concatenate([own, made, np.round(made, 1), np.zeros((1, columns)), np.ones((1, columns))])
 
 
+def rows_at_thresholds(model: Any, rows: np.ndarray) -> np.ndarray:
+    """Rows that reach a node of a tree with its own threshold, what single precision makes of it, and what lies next
+    to both in either precision: of at most THRESHOLDS nodes, spread over all trees."""
+    found = [one for tree in trees_of(model) for one in nodes_of(tree)]
+    made = []
+    for at, (column, value, low, high) in enumerate(found[:: -(-len(found) // THRESHOLDS) or 1]):
+        single = np.float32(threshold(value, np.float32, ""))
+        after = np.nextafter(single, np.float32(np.inf))
+        middle = (np.float64(single) + np.float64(after)) / 2
+        around = [single, np.nextafter(single, np.float32(-np.inf)), after]
+        for one in (value, middle):
+            around += [one, np.nextafter(one, -np.inf), np.nextafter(one, np.inf)]
+        row = rows[at % len(rows)]
+        if column < len(row) and len(low) <= len(row):
+            fit = row[:len(low)]
+            below = np.where(np.isfinite(low), low, 0.0)
+            fit = np.where(fit > low, fit, below + 1e-3 * (1 + np.abs(below)))
+            row = np.concatenate([np.minimum(fit, high), row[len(low):]])
+            row = np.repeat(row[None], len(around), axis=0)
+            row[:, column] = around
+            made.append(row[(np.abs(row) < np.finfo(np.float32).max).all(axis=1)])
+    if not made:
+        return rows[:0]
+    scaled = np.concatenate(made)
+    try:
+        return np.concatenate([scaled, model[:-1].inverse_transform(scaled)])  # what a pipeline's steps make that of
+    except Exception:  # noqa: BLE001 - no pipeline, or nothing that goes back
+        return scaled
+
+
+def trees_of(model: Any) -> Iterator[tuple[np.ndarray, ...]]:
+    """Left, right, column and threshold by node, of every tree in the estimator, or in what it is made of."""
+    if (tree := getattr(model, "tree_", None)) is not None:
+        yield tree.children_left, tree.children_right, tree.feature, tree.threshold
+    for one in chain.from_iterable(getattr(model, "_predictors", [])):
+        nodes, names = one.nodes, one.nodes.dtype.names
+        yield (np.where(nodes["is_leaf"], -1, nodes["left"].astype(int)), nodes["right"].astype(int),
+               nodes["feature_idx"].astype(int), nodes["num_threshold" if "num_threshold" in names else "threshold"])
+    parts = getattr(model, "estimators_", [])
+    parts = parts.ravel() if isinstance(parts, np.ndarray) else parts
+    named = [part for _, part in getattr(model, "steps", [])]
+    more = [getattr(model, name, None) for name in ("estimator", "best_estimator_")]
+    more += getattr(model, "calibrated_classifiers_", [])
+    for part in (one for one in (*parts, *named, *more) if one is not None):
+        yield from trees_of(part)
+
+
+def nodes_of(tree: tuple[np.ndarray, ...]) -> Iterator[tuple[int, float, np.ndarray, np.ndarray]]:
+    """By node that compares: its column and threshold, and between what numbers a row must lie to come there."""
+    left, right, column, value = tree
+    wide = np.full(int(max(column.max(), 0)) + 1, np.inf)
+    todo = [(0, -wide, wide)]
+    while todo:
+        node, low, high = todo.pop()
+        if left[node] < 0:
+            continue
+        yield int(column[node]), float(value[node]), low, high
+        below, above = high.copy(), low.copy()
+        below[column[node]] = above[column[node]] = value[node]
+        todo += [(int(right[node]), above, high), (int(left[node]), low, below)]
+
+
 def onnx_of(model: Any, columns: int, dtype: type) -> bytes:
     """The graph, the same bytes every time."""
     from skl2onnx import to_onnx
@@ -146,9 +220,115 @@ def onnx_of(model: Any, columns: int, dtype: type) -> bytes:
 
     kind = DoubleTensorType if dtype is np.float64 else FloatTensorType
     options = {id(model): {"zipmap": False}} if hasattr(model, "predict_proba") else None
+    with suppress(ImportError, AttributeError):  # of another version's insides: what comes of it is compared anyway
+        mend_trees()
     made = to_onnx(model, initial_types=[("input_0", kind([None, columns]))], options=options, target_opset=OPSETS,
                    name="scikit-learn")
+    for output in made.graph.output:
+        for size in output.type.tensor_type.shape.dim[1:]:  # it says 1 where a tree has several outputs
+            size.ClearField("dim_value")
+    if dtype is np.float64 and any(node.op_type.startswith("TreeEnsemble") for node in made.graph.node):
+        for output in made.graph.output:
+            kind = output.type.tensor_type
+            kind.elem_type = 11 if kind.elem_type == 1 else kind.elem_type  # double, as add_node has it
     return bytes(made.SerializeToString(deterministic=True))
+
+
+def mend_trees() -> None:
+    """The converter's trees send NaN to the right always, where scikit-learn's send it as they were fitted; it looks
+    for ever for what stands for a threshold of infinity (all but NaN to the left); thresholds in double precision are
+    rounded to single; and a vote of 50 of 100 trees is no half, in a sum of hundredths."""
+    import skl2onnx.common.tree_ensemble as trees
+    from skl2onnx.common._container import ModelComponentContainer
+
+    add, nan = getattr(trees, ADD), "nodes_missing_value_tracks_true"
+    if add.__module__ != trees.__name__:
+        return
+
+    def added(attributes: dict[str, Any], is_classifier: bool, tree: Any, tree_id: int, weight: float, *more: Any,
+              **named: Any) -> None:
+        votes = is_classifier and weight < 1 and more[1:2] == (True,)
+        add(attributes, is_classifier, tree, tree_id, 1.0 if votes else weight, *more, **named)
+        if votes:
+            attributes[VOTES] = round(1 / weight)
+        nodes = tree.__getstate__()["nodes"]
+        if "missing_go_to_left" in nodes.dtype.names:
+            attributes[nan][-len(nodes):] = nodes["missing_go_to_left"].astype(int).tolist()
+
+    for module in [m for name, m in sys.modules.items() if name.startswith("skl2onnx.")]:
+        if getattr(module, ADD, None) is add:
+            setattr(module, ADD, added)
+            for one in vars(module).values():
+                if (said := getattr(one, "__defaults__", None) or ())[:1] in TREES:
+                    one.__defaults__ = (*said[:2], 3)  # the operator's first version with double precision
+    trees.sklearn_threshold = threshold
+    ModelComponentContainer.add_node = partialmethod(add_node, ModelComponentContainer.add_node)
+
+
+def add_node(self: Any, before: Any, kind: str, inputs: Any, outputs: Any, *more: Any, **named: Any) -> None:
+    """In place of the converter's own (``before``): trees keep their double precision, and a forest counts votes."""
+    if not kind.startswith("TreeEnsemble"):
+        before(self, kind, inputs, outputs, *more, **named)
+        return
+    from onnx import TensorProto, helper
+
+    count, outputs = named.pop(VOTES, None), [outputs] if isinstance(outputs, str) else list(outputs)
+    double = getattr(named.get("nodes_values"), "dtype", None) == np.float64
+    for name in ("nodes_values", "class_weights", "target_weights", "base_values"):
+        if double and name in named:
+            value = np.asarray(named.pop(name), np.float64).ravel()
+            named[f"{name}_as_tensor"] = helper.make_tensor(name, TensorProto.DOUBLE, value.shape, value)
+    wanted = outputs[-1]
+    if double:
+        named["op_version"] = 3
+        outputs[-1] = f"{wanted}_single"
+        before(self, "Cast", [outputs[-1]], [wanted], name=f"{wanted}_cast", to=TensorProto.DOUBLE, op_version=13)
+    if count is None:
+        before(self, kind, inputs, outputs, *more, **named)
+    else:
+        vote(partial(before, self), count, inputs, outputs, more, named)
+
+
+def vote(add: Any, count: int, inputs: Any, outputs: list[str], more: Any, named: dict[str, Any]) -> None:
+    """A forest's classes, by the sum of its trees' shares, which is exact where leaves are pure: the first of the
+    largest, as scikit-learn has it."""
+    from onnx import TensorProto as Types
+    from onnx import helper
+
+    texts = "classlabels_strings" in named
+    labels = named.pop("classlabels_strings", None) or named.pop("classlabels_int64s")
+    two, stem = len(labels) == 2, f"{outputs[-1]}_votes"
+    named.pop("post_transform", None)
+    named = {name.replace("class_", "target_"): value for name, value in named.items()}
+    add("TreeEnsembleRegressor", inputs, [f"{stem}_second" if two else stem], *more,
+        n_targets=1 if two else len(labels), **named)
+    constants = {"count": ([], Types.FLOAT, [float(count)]),
+                 "labels": ([len(labels)], Types.STRING if texts else Types.INT64, labels)}
+    for name, (shape, kind, value) in constants.items():
+        value = [one.encode() for one in value] if kind == Types.STRING else value
+        add("Constant", [], [f"{stem}_{name}"], name=f"{stem}_{name}", op_version=13,
+            value=helper.make_tensor(name, kind, shape, value))
+    steps = [("Div", [stem, f"{stem}_count"], outputs[-1], {}),
+             ("ArgMax", [stem], f"{stem}_first", {"axis": 1, "keepdims": 0}),
+             ("Gather", [f"{stem}_labels", f"{stem}_first"], outputs[0], {})]
+    if two:
+        steps[:0] = [("Sub", [f"{stem}_count", f"{stem}_second"], f"{stem}_other", {}),
+                     ("Concat", [f"{stem}_other", f"{stem}_second"], stem, {"axis": 1})]
+    for step, given, made, said in steps:
+        add(step, given, [made], name=f"{made}_{step}", op_version=13, **said)
+
+
+def threshold(value: float, dtype: type, _mode: str) -> np.float64:
+    """What to compare a number of that type with, where scikit-learn rounds it to single precision and compares that
+    with ``value``: the largest one that goes to the left."""
+    with np.errstate(over="ignore"):
+        low = np.float32(value)
+        low = np.nextafter(low, np.float32(-np.inf)) if low > value else low
+        high = np.nextafter(low, np.float32(np.inf))
+    if dtype is np.float32 or not np.isfinite(high):
+        return np.float64(low)
+    middle = (np.float64(low) + np.float64(high)) / 2
+    return np.float64(middle if np.float32(middle) == low else np.nextafter(middle, -np.inf))
 
 
 def answers(graph: bytes, rows: np.ndarray, dtype: type, wanted: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -105,6 +105,7 @@ async def test_the_graph_answers_as_the_model_and_is_the_same_bytes(tmp_path: Pa
         assert "could be served as ONNX" in log and plain["served_as"] == {} and plain["onnx"] is False, log
         doc, log = await built(yard, onnx=True)
         assert doc["served_as"] == {"iris:1": "onnx"} and "is served as ONNX (float64, onnxruntime==" in log, log
+        assert "is converted to ONNX and the two are compared, for 300 seconds at most" in log, log
         again, log = await built(yard, onnx=True)
         assert again["digest"] == doc["digest"] != plain["digest"] and "making the build" not in log
         lock = (await yard.call("GET", f"/v1/images/{doc['id']}/lock")).raw.decode()
