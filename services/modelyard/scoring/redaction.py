@@ -47,7 +47,7 @@ class _Side:
 
     only: frozenset[str] | None = None
     fields: frozenset[str] | None = None
-    columns: frozenset[str] = frozenset()
+    columns: tuple[str, ...] = ()
     alone: bool = True
     any: bool = False
 
@@ -65,9 +65,10 @@ def _side(redact: frozenset[str], own: Sequence[str], unnamed: str, columns: Seq
     whole = bool(redact & {*own, *((unnamed,) if one else ())})
     if not whole and not redact & set(columns):
         return FREE
-    inside = frozenset(own if not one else columns if not whole else ())
+    inside = tuple(own if not one else columns if not whole else ())
+    kept = frozenset(inside) - redact
     alone = alone or (own[0] if one else "")
-    return _Side(frozenset() if one else inside - redact, inside - redact, inside,
+    return _Side(frozenset() if one else kept, kept, inside,
                  bool(alone) and alone not in redact and not (one and unnamed in redact) and not redact & set(columns))
 
 
@@ -178,15 +179,24 @@ class Redactor:
 def _within(value: Any, side: _Side, fields: frozenset[str]) -> Any:
     """What of a document may stay. Raises ValueError where something redacted may stand in it under no name."""
     if isinstance(value, dict):
-        columns = value.get("columns")
-        if isinstance(columns, list) and side.columns and side.columns.issuperset(map(str, columns)):
-            return {key: value[key] for key in ("columns", "data") if key in value}
+        if _is_table(value, side):
+            return {key: value[key] for key in ("columns", "data")}
         return {key: item for key, item in value.items() if key in fields}
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         return [_within(row, side, fields) for row in value]
     if not side.alone:
         raise ValueError("it names nothing")
     return value
+
+
+def _is_table(value: dict[str, Any], side: _Side) -> bool:
+    """Rows under columns that are known, each as wide. A model of one input takes them by their places, so there they
+    are only what they are called when all of them stand in the model's own order."""
+    columns, rows = value.get("columns"), value.get("data")
+    if not isinstance(columns, list) or not isinstance(rows, list) or not side.columns:
+        return False
+    known = set(side.columns).issuperset(map(str, columns)) if side.only else columns == list(side.columns)
+    return known and all(isinstance(row, list) and len(row) == len(columns) for row in rows)
 
 
 def _bytes(value: Any) -> bytes:

@@ -105,7 +105,9 @@ async def test_columns_that_an_estimator_knows(tmp_path: Path) -> None:
     model = estimator(tmp_path, ["age", "salary"])
     rows = [[SECRET, 1.5]]
     calls = [score_call({"columns": ["age", "salary"], "data": rows}), score_call({"data": rows}),
-             score_call({"columns": ["x", "y"], "data": rows}), grpc_call("m", tensor("input-0", rows[0]))]
+             score_call({"columns": ["x", "y"], "data": rows}), grpc_call("m", tensor("input-0", rows[0])),
+             score_call({"columns": ["salary", "age"], "data": rows}),
+             score_call({"columns": ["salary"], "data": rows})]
     async with planned(tmp_path, None, models=[model], redact=["age"]) as (plane, _):
         assert set(await asked(plane, calls)) == {"OK"}
     assert shown(tmp_path) == []
